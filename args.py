@@ -1,0 +1,432 @@
+"""Every flag of the main scripts; `python main_SPQ.py --help` is the documentation.
+
+A default stands here and nowhere else.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from models import QUANTIZERS, TRUNKS
+from utils.retrieval import DISTANCES
+from utils.schedule import SCHEDULES
+
+LOSSES = ("cqc", "cqc-paper", "contrastive")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+class BooleanFlag(argparse.Action):
+    """`--flag`, `--no-flag`, `--flag=True`, `--flag=False`: unlike type=bool, False is false."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        negated = {f"--no-{name[2:]}" for name in option_strings}
+        negated |= {name.replace("_", "-") for name in negated}
+        self.negated = negated
+        super().__init__([*option_strings, *sorted(negated)], dest, nargs="?", **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001
+        word = "true" if values is None else str(values).lower()
+        if option_string in self.negated:
+            if values is not None:
+                parser.error(f"{option_string}={values}: takes no value")
+            word = "false"
+        if word not in ("true", "false", "1", "0", "yes", "no"):
+            parser.error(f"{option_string}={values}: must be True or False")
+        setattr(namespace, self.dest, word in ("true", "1", "yes"))
+
+
+def _number(
+    kind: Callable[[str], float], low: float, strict: bool = False, high: float = math.inf
+) -> Callable[[str], float]:
+    """A type for argparse: int or float, not below `low` (above it if strict), at most `high`."""
+    above = f"above {low:g}" if strict else f"at least {low:g}"
+    allowed = f"a {'whole ' if kind is int else ''}number {above}"
+    allowed += "" if high == math.inf else f" and at most {high:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}") from None
+        if not (low < value if strict else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+        return value
+
+    return parse
+
+
+def _power_of_two(text: str) -> int:
+    value = _number(int, 2, high=65536)(text)
+    if value & (value - 1):
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be a power of two from 2 to 65536 (a codeword number is stored in "
+            "log2(K) whole bits)"
+        )
+    return value
+
+
+positive_int = _number(int, 1)
+count = _number(int, 0)
+positive = _number(float, 0, strict=True)
+not_negative = _number(float, 0)
+
+
+def spq_parser() -> Parser:
+    """The parser of main_SPQ.py."""
+    parser = Parser(
+        prog="main_SPQ.py",
+        description="Self-supervised Product Quantization (ICCV 2021) on CIFAR-10: train, "
+        "evaluate, resume.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_training_flags(parser)
+    add_evaluation_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+# fmt: off  (one flag, one paragraph)
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Where the images are and how they are cropped."""
+    group = parser.add_argument_group("data")
+    flag = group.add_argument
+    flag(
+        "--data_dir",
+        type=Path,
+        default=Path("./datasets"),
+        metavar="DIR",
+        help="folder with cifar-10-batches-bin or cifar-10-batches-py",
+    )
+    flag(
+        "--if_download",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="fetch CIFAR-10 into --data_dir if it is not complete there",
+    )
+    flag(
+        "--num_workers",
+        type=count,
+        default=4,
+        metavar="N",
+        help="loader processes for sets that stream from disk; CIFAR-10 lives on the training "
+        "device and uses none",
+    )
+    flag(
+        "--input_size",
+        type=_number(int, 8, high=1024),
+        default=32,
+        metavar="PIXELS",
+        help="side of the images that are encoded and, unless --crop_size says otherwise, of the "
+        "crops that are trained on",
+    )
+    flag(
+        "--crop_size",
+        type=_number(int, 8, high=1024),
+        default=None,
+        metavar="PIXELS",
+        help="side of the training crops; smaller than --input_size trains faster "
+        "(24 instead of 32 costs 0.56 of the time) (default: --input_size)",
+    )
+    flag(
+        "--num_cls",
+        type=positive_int,
+        default=10,
+        metavar="N",
+        help="classes of the data set; labels are only checked and scored with, never trained on",
+    )
+    flag(
+        "--limit_train",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="trial: train on the first N images (default: all)",
+    )
+    flag(
+        "--limit_db",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="trial: search among the first N images (default: all)",
+    )
+    flag(
+        "--limit_query",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="trial: ask the first N queries (default: all)",
+    )
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Trunk and quantizer."""
+    group = parser.add_argument_group("model")
+    flag = group.add_argument
+    flag("--arch", choices=sorted(TRUNKS), default="resnet18", help="trunk")
+    flag(
+        "--width",
+        type=positive_int,
+        default=64,
+        metavar="CHANNELS",
+        help="channels of the trunk's first stage; 64 is the published network, 16 suits a CPU",
+    )
+    flag(
+        "--N_books",
+        type=positive_int,
+        default=8,
+        metavar="M",
+        help="codebooks; a code has M * log2(K) bits: 4, 8, 16 give the paper's 16, 32, 64",
+    )
+    flag(
+        "--N_words",
+        type=_power_of_two,
+        default=16,
+        metavar="K",
+        help="codewords in each codebook, a power of two",
+    )
+    flag(
+        "--L_word",
+        type=positive_int,
+        default=16,
+        metavar="d",
+        help="dimensions of a codeword; descriptors have D = M * d",
+    )
+    flag(
+        "--quantizer",
+        choices=QUANTIZERS,
+        default="soft",
+        help="soft: the method; hard: straight-through (SPQ-H); vq: one codebook of K words over "
+        "all D dimensions, log2(K) bits (SPQ-Q)",
+    )
+    flag(
+        "--soft_quantization_scale",
+        type=positive,
+        default=5.0,
+        metavar="ALPHA",
+        help="sharpness of the soft assignment, multiplies the distance; 1 to 20 is usual",
+    )
+
+
+def add_training_flags(parser: Parser) -> None:
+    """Loss, optimiser, schedule, length."""
+    group = parser.add_argument_group("training")
+    flag = group.add_argument
+    flag(
+        "--loss",
+        choices=LOSSES,
+        default="cqc",
+        help="cqc: as released, all other rows are negatives; cqc-paper: only x against z of the "
+        "other view; contrastive: x with x, z with z (SPQ-C)",
+    )
+    flag(
+        "--contrastive_temperature",
+        type=positive,
+        default=0.5,
+        metavar="TAU",
+        help="tau_cqc, divides the cosines; 0.5 is the released value, 0.2 was better in short "
+        "trainings",
+    )
+    flag(
+        "--batch_size",
+        type=_number(int, 2),
+        default=256,
+        metavar="B",
+        help="images in a step, over all processes; the last incomplete batch is dropped",
+    )
+    flag(
+        "--epochs",
+        type=positive_int,
+        default=2000,
+        metavar="N",
+        help="passes over the training images; the schedule ends here",
+    )
+    flag(
+        "--max_steps",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="stop after N optimisation steps in all, resumed ones included; the schedule does not "
+        "change (default: no such stop)",
+    )
+    flag(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adam",
+        help="sgd has momentum 0.9 and wants a higher --lr",
+    )
+    flag(
+        "--lr",
+        type=positive,
+        default=3e-4,
+        metavar="LR",
+        help="peak learning rate; a short training wants more, 2e-3 for Adam",
+    )
+    flag(
+        "--weight_decay",
+        type=not_negative,
+        default=1e-5,
+        metavar="WD",
+        help="L2 penalty (adamw: decoupled decay)",
+    )
+    flag(
+        "--lr_schedule",
+        choices=SCHEDULES,
+        default="cosine",
+        help="cosine: falls to 0 over all epochs; released: constant for 10 epochs, then a cosine "
+        "that swings with a period of 2 * steps-per-epoch epochs",
+    )
+    flag(
+        "--warmup_epochs",
+        type=not_negative,
+        default=0.0,
+        metavar="N",
+        help="linear warm-up, fractions allowed; not with --lr_schedule=released",
+    )
+    flag(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the trunk (quantizer and loss are float32); auto: the lower one where "
+        "the device is faster in it",
+    )
+    flag(
+        "--compile",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="torch.compile the trunk: a minute at the start, then faster steps; needs a C++ "
+        "compiler on the CPU",
+    )
+    flag(
+        "--seed",
+        type=_number(int, 0, high=2**31 - 1),
+        default=0,
+        metavar="N",
+        help="of weights, order and augmentation",
+    )
+
+
+def add_evaluation_flags(parser: Parser) -> None:
+    """Retrieval."""
+    group = parser.add_argument_group("evaluation")
+    flag = group.add_argument
+    flag(
+        "--eval_epoch",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="evaluate every N epochs, and at the end",
+    )
+    flag(
+        "--Top_N",
+        type=positive_int,
+        default=1000,
+        metavar="N",
+        help="the N of mAP@N: 1000 for CIFAR-10, 5000 for FLICKR25K and NUS-WIDE",
+    )
+    flag(
+        "--distance",
+        choices=DISTANCES,
+        default="squared_l2",
+        help="of the headline figure; both are always reported. squared_l2 is standard ADC, l2 "
+        "what the released code ranks by",
+    )
+    flag(
+        "--eval_only",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="evaluate the checkpoint that --resume names, and stop",
+    )
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Device, output, resuming."""
+    group = parser.add_argument_group("run")
+    flag = group.add_argument
+    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to train on (without torchrun)")
+    flag(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: the GPU if there is one",
+    )
+    flag(
+        "--output_dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="checkpoint, logs and figures (default: ./runs/<method>_cifar10_<bits>bits)",
+    )
+    flag(
+        "--resume",
+        default=None,
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, or `auto`: from the newest one in --output_dir, and from "
+        "the start if there is none",
+    )
+    flag(
+        "--overwrite",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="start anew in an --output_dir that holds a run, which is lost",
+    )
+    flag(
+        "--checkpoint_every",
+        type=positive_int,
+        default=500,
+        metavar="STEPS",
+        help="optimisation steps between checkpoints; one is also written every 10 minutes, "
+        "before each evaluation and at the end",
+    )
+    flag(
+        "--log_every",
+        type=positive_int,
+        default=10,
+        metavar="STEPS",
+        help="steps between lines of metrics.jsonl",
+    )
+
+
+# fmt: on
+
+
+def code_bits(args: argparse.Namespace) -> int:
+    """Bits of one stored image: M * log2(K); one codebook with --quantizer=vq."""
+    books = 1 if args.quantizer == "vq" else args.N_books
+    return books * int(math.log2(args.N_words))
+
+
+def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check what can be checked without data; exits with code 2 on bad input."""
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if args.eval_only and args.resume is None:
+        parser.error("--eval_only: needs --resume, a checkpoint or auto")
+    if args.overwrite and args.resume is not None:
+        parser.error("--overwrite: contradicts --resume; allowed is one of them")
+    if args.warmup_epochs > args.epochs:
+        parser.error(
+            f"--warmup_epochs={args.warmup_epochs:g}: must be at most --epochs={args.epochs}"
+        )
+    if args.crop_size is None:
+        args.crop_size = args.input_size
+    if args.output_dir is None:
+        method = parser.prog.removeprefix("main_").removesuffix(".py")
+        args.output_dir = Path("runs") / f"{method}_cifar10_{code_bits(args)}bits"
+    return args

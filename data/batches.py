@@ -1,0 +1,52 @@
+"""Batches of a set that sits on the training device: no copies, no workers."""
+
+import torch
+from torch import Tensor
+
+from utils.distributed import Ranks
+from utils.errors import UserError
+
+
+class DeviceBatches:
+    """Shuffled batches of uint8 images that live on the device.
+
+    The order of an epoch depends on the seed and the epoch alone, so any step can be drawn again
+    after a resume. The last incomplete batch is dropped. With several ranks each gets its slice
+    of the same global batch.
+
+    Args:
+        images: (N, 3, H, W) uint8, on the device.
+        batch_size: images of the global batch.
+        seed: of the order.
+        ranks: this process among the others.
+    Raises:
+        UserError: if the batch is larger than the set, or cannot be shared out evenly.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, seed: int, ranks: Ranks) -> None:
+        if batch_size > len(images):
+            raise UserError(
+                f"--batch_size={batch_size}: is larger than the training set; allowed are 2 to "
+                f"{len(images)}"
+            )
+        if batch_size % ranks.world_size:
+            raise UserError(
+                f"--batch_size={batch_size}: must be a multiple of the {ranks.world_size} processes"
+            )
+        self.images, self.batch_size, self.seed, self.ranks = images, batch_size, seed, ranks
+        self._order: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.images) // self.batch_size
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's images of the batch at `step`, counted from 0 over the whole training."""
+        epoch, i = divmod(step, len(self))
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            order = torch.randperm(len(self.images), generator=generator)
+            self._order = (epoch, order.to(self.images.device))
+        share = self.batch_size // self.ranks.world_size
+        start = i * self.batch_size + self.ranks.rank * share
+        return self.images[self._order[1][start : start + share]]

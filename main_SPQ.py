@@ -1,0 +1,73 @@
+"""SPQ: Self-supervised Product Quantization for deep unsupervised image retrieval (ICCV 2021).
+
+    python main_SPQ.py --gpu_id=0 --batch_size=256 --N_books=8 --N_words=16 --eval_epoch=100
+
+Two random views of each image; descriptors x of one view are compared with soft-quantized
+descriptors z of the other, so trunk and codebooks learn together and without labels.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from args import parse_args, spq_parser
+from data.augment import SimCLRAugment
+from data.batches import DeviceBatches
+from data.cifar10 import load_cifar10
+from losses import contrastive_loss, cqc_loss
+from models import SPQ, build_quantizer, build_trunk
+from utils.cli import run_main
+from utils.evaluation import RetrievalEvaluation
+from utils.loop import Trainer
+from utils.report import report
+from utils.setup import start_run
+
+LOSSES = {
+    "cqc": partial(cqc_loss, variant="released"),
+    "cqc-paper": partial(cqc_loss, variant="paper"),
+    "contrastive": contrastive_loss,  # ablation SPQ-C
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train, evaluate."""
+    run = start_run("SPQ", parse_args(spq_parser(), argv))
+    args, device, ranks = run.args, run.device, run.ranks
+
+    # CIFAR-10's protocol: the training images are the database, the test images the queries
+    train, test = load_cifar10(args.data_dir, download=args.if_download)
+    run.check_labels(train.labels, test.labels)
+    db = (train.images[: args.limit_db], train.labels[: args.limit_db])
+    query = (test.images[: args.limit_query], test.labels[: args.limit_query])
+    batches = DeviceBatches(
+        train.images[: args.limit_train].to(device), args.batch_size, args.seed, ranks
+    )
+
+    # channels_last is the faster layout, but on a CPU not for odd numbers of channels
+    layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
+    model = SPQ(
+        build_trunk(args.arch, args.width),
+        build_quantizer(args.quantizer, args.N_books, args.N_words, args.L_word),
+        alpha=args.soft_quantization_scale,
+        hard=args.quantizer == "hard",
+    ).to(device, memory_format=layout)
+    if args.compile:
+        model.trunk.compile()
+    augment = SimCLRAugment(args.crop_size).to(device)
+    criterion = LOSSES[args.loss]
+
+    def loss_of(model: nn.Module, images: Tensor) -> Tensor:
+        x_a, z_a = model(augment(images))
+        x_b, z_b = model(augment(images))
+        x_a, x_b, z_a, z_b = ranks.gather(x_a, x_b, z_a, z_b)  # negatives of all processes
+        return criterion(x_a, x_b, z_a, z_b, tau=args.contrastive_temperature)
+
+    evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
+    trainer = Trainer(args, "SPQ", model, loss_of, batches, evaluate, ranks, run.checkpoint)
+    metrics = trainer.evaluate() if args.eval_only else trainer.fit()
+    report(run, model, metrics, query, db)
+
+
+if __name__ == "__main__":
+    run_main(main)

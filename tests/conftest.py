@@ -1,0 +1,31 @@
+"""Shared fixtures."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import small_cifar
+
+import data.cifar10
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_files(tmp_path_factory) -> Path:
+    """A folder with the small set's files; not to be changed."""
+    return small_cifar.make(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture
+def small_set(small_files, monkeypatch) -> Path:
+    """The small set, its hashes in place of the published ones."""
+    monkeypatch.setattr(data.cifar10, "BIN_SHA256", small_cifar.hashes(small_files))
+    monkeypatch.setattr(data.cifar10, "ROWS", small_cifar.ROWS)
+    return small_files

@@ -1,0 +1,56 @@
+"""A small set in CIFAR-10's exact binary layout, whose classes can be told apart.
+
+The published hashes fit only the published files, so tests put the small set's own in their
+place; everything else is the real code. As a script it runs main_SPQ.py on a small set:
+
+    python tests/small_cifar.py --data_dir DIR [flags of main_SPQ.py]
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROWS = 60  # images in each of the six files
+ROW_BYTES = 3073
+
+# flags that make a run of a few seconds
+FAST = [
+    "--width=8", "--crop_size=16", "--batch_size=20", "--N_books=4", "--L_word=4", "--epochs=2",
+    "--device=cpu", "--lr=1e-3", "--log_every=1", "--Top_N=50",
+]  # fmt: skip
+
+
+def make(data_dir: Path, seed: int = 0) -> Path:
+    """Write the six binary files; each class has a colour of its own, with noise."""
+    rng = np.random.default_rng(seed)
+    colours = rng.integers(40, 215, size=(10, 3))
+    folder = data_dir / "cifar-10-batches-bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    for name in names:
+        labels = np.arange(ROWS) % 10
+        noise = rng.normal(0, 25, size=(ROWS, 3, 1024))
+        planes = np.clip(colours[labels][:, :, None] + noise, 0, 255).astype(np.uint8)
+        rows = np.concatenate([labels[:, None].astype(np.uint8), planes.reshape(ROWS, -1)], axis=1)
+        rows.tofile(folder / name)
+    return data_dir
+
+
+def hashes(data_dir: Path) -> dict[str, str]:
+    """SHA-256 of each file."""
+    folder = data_dir / "cifar-10-batches-bin"
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.bin")}
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import data.cifar10
+    import main_SPQ
+    from utils.cli import run_main
+
+    place = Path(sys.argv[sys.argv.index("--data_dir") + 1])
+    data.cifar10.BIN_SHA256 = hashes(place)
+    data.cifar10.ROWS = ROWS
+    run_main(main_SPQ.main)

@@ -1,0 +1,1 @@
+"""Parts that every main script shares; one purpose a file."""

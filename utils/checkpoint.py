@@ -1,0 +1,105 @@
+"""Checkpoints: written whole or not at all, read without running code from the file."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from utils.errors import UserError
+
+LAST = "checkpoint_last.pt"
+FORMAT = "product-quantization-checkpoint"
+VERSION = 1
+KEYS = {
+    "format",
+    "version",
+    "method",
+    "args",
+    "model",
+    "optimizer",
+    "scaler",
+    "rng",
+    "step",
+    "last_eval",
+}
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` to `path` so that a kill at any moment leaves the old file or the new one.
+
+    Args:
+        path: the checkpoint; a file beside it with the ending `.tmp` is used on the way.
+        state: all of KEYS but format and version.
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; the old file stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch reports a short write as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from error
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
+    """Read a checkpoint onto the CPU, with weights_only=True: a file cannot run code.
+
+    Raises:
+        UserError: if there is no such file, or it is no checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its reader trips over
+        raise UserError(
+            f"{flag}={path}: is not a checkpoint, or a damaged one ({type(error).__name__}); "
+            f"allowed is a {LAST} that a main script wrote"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
+        raise UserError(
+            f"{flag}={path}: is a torch file but not a checkpoint of this project; "
+            f"allowed is a {LAST} that a main script wrote"
+        )
+    if state["version"] != VERSION:
+        raise UserError(
+            f"{flag}={path}: has checkpoint version {state['version']}; this code reads {VERSION}"
+        )
+    return state
+
+
+def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
+    """The checkpoint that `--resume` means.
+
+    Args:
+        resume: a file, a folder that holds `checkpoint_last.pt`, or "auto": the newest checkpoint
+            in `output_dir`.
+    Returns:
+        Its path; None if "auto" finds none, which means a fresh start.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        return path / LAST if path.is_dir() else path
+    found = list(output_dir.glob("*.pt")) if output_dir.is_dir() else []
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def check_same(saved: dict, args: Namespace, names: list[str], why: str, path: Path) -> None:
+    """Flags that must be as they were when the checkpoint was made.
+
+    Raises:
+        UserError: naming each flag, its value, and the one that the checkpoint has.
+    """
+    wrong = [name for name in names if saved.get(name) != getattr(args, name)]
+    if wrong:
+        given = " ".join(f"--{name}={getattr(args, name)}" for name in wrong)
+        needed = " ".join(f"--{name}={saved.get(name)}" for name in wrong)
+        raise UserError(f"{given}: the checkpoint {path} was made with {needed}; {why}")

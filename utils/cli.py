@@ -1,0 +1,33 @@
+"""How a main script starts and ends: faults as sentences, exit codes that mean something."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.loop import TrainingStopped
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run `main`; exit with 2 on bad input, 1 on a stopped training, 128 + n on a signal."""
+    is_main = Ranks.from_environment().is_main
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        code = 2
+        if is_main:
+            print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+    except TrainingStopped as stop:
+        code = stop.exit_code
+        if is_main:
+            print(stop, file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+        print("Interrupted.", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        code = 1
+        print(f"Out of memory: lower --batch_size or --width. ({error})", file=sys.stderr)
+    sys.exit(code)

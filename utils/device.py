@@ -1,0 +1,96 @@
+"""Which device, and which precision pays on it."""
+
+import os
+import platform
+import time
+from argparse import Namespace
+
+import torch
+
+from utils.distributed import Ranks
+from utils.errors import UserError
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+BF16_MUST_GAIN = 1.3  # on a CPU bf16 has to be this much faster than float32 to be chosen
+
+
+def choose_device(args: Namespace, ranks: Ranks) -> torch.device:
+    """The device that --device and --gpu_id mean; says in one line when there is no GPU.
+
+    Raises:
+        UserError: if the GPU asked for is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if args.device == "cpu":
+        return torch.device("cpu")
+    if count == 0:
+        if args.device == "cuda":
+            raise UserError("--device=cuda: torch sees no CUDA GPU here; allowed are auto and cpu")
+        if ranks.is_main:
+            threads = torch.get_num_threads()
+            print(
+                f"No CUDA GPU found: --gpu_id={args.gpu_id} is ignored, training on the CPU "
+                f"({threads} threads)."
+            )
+        return torch.device("cpu")
+    index = ranks.local_rank if ranks.world_size > 1 else args.gpu_id
+    if index >= count:
+        raise UserError(
+            f"--gpu_id={index}: this machine has {count} GPUs; allowed: 0 to {count - 1}"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def choose_amp(amp: str, device: torch.device) -> str:
+    """`bf16`, `fp16` or `off` from --amp; `auto` takes bf16 where the device is fast in it.
+
+    A GPU is asked; a CPU is tried, because some have the bf16 instruction but run it no faster
+    than float32. The trial takes about a tenth of a second.
+
+    Raises:
+        UserError: if fp16 is asked of a CPU.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp=fp16: needs a GPU; allowed on the CPU are auto, bf16 and off")
+    if amp != "auto":
+        return amp
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return "off"
+    return "bf16" if _seconds(torch.float32) > BF16_MUST_GAIN * _seconds(torch.bfloat16) else "off"
+
+
+def _seconds(dtype: torch.dtype, size: int = 768) -> float:
+    """Fastest of a few matrix products, seconds."""
+    a = torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def describe_hardware(device: torch.device) -> dict[str, str | int]:
+    """What the log says of the machine."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+        processor = names[0] if names else processor
+    except OSError:
+        pass  # not Linux: platform's word stands
+    found: dict[str, str | int] = {
+        "device": str(device),
+        "processor": processor,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found

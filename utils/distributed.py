@@ -1,0 +1,150 @@
+"""Several processes as one: ranks, gathering with gradients, batch norm over the global batch."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started; (0, 1, 0) without torchrun."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints, logs and writes files."""
+        return self.rank == 0
+
+    @staticmethod
+    def from_environment() -> "Ranks":
+        """As torchrun's environment variables say."""
+        env = os.environ
+        return Ranks(
+            int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+        )
+
+    def connect(self, device: torch.device) -> None:
+        """Join the process group: NCCL between GPUs, gloo between CPUs."""
+        if self.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Model for training: synchronised batch norm and averaged gradients if there are ranks."""
+        if self.world_size == 1:
+            return model
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else _globalise(model)
+        # the statistics are equal on all ranks already: no need to broadcast them each forward
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Each (B, ...) -> (world_size * B, ...), in order of rank, with gradients.
+
+        Every rank then computes the same global loss; the gradients that come back are summed
+        over the ranks and DistributedDataParallel's mean makes them those of one process.
+        """
+        if self.world_size == 1:
+            return tensors
+        return tuple(_Gather.apply(t) for t in tensors)
+
+    def max(self, value: int, device: torch.device) -> int:
+        """The largest value of all ranks."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor(value, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def collect(self, value: object) -> list:
+        """The values of all ranks, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def disconnect(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward: the sum of all ranks' gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the images of all ranks, on any device.
+
+    torch's SyncBatchNorm does the same faster, but on GPUs only. Every rank must bring the same
+    number of images. State and evaluation are those of BatchNorm2d.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        n = values.numel() // values.shape[1] * dist.get_world_size()
+        mean = _Sum.apply(values.sum(dim=(0, 2, 3))) / n  # (C,)
+        centred = values - mean[:, None, None]
+        var = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / max(1, n - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def _globalise(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm2d below `module` by a GlobalBatchNorm2d with its very tensors."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, GlobalBatchNorm2d):
+            synced = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
+            synced.weight, synced.bias = child.weight, child.bias
+            synced.running_mean, synced.running_var = child.running_mean, child.running_var
+            synced.num_batches_tracked = child.num_batches_tracked
+            setattr(module, name, synced)
+        else:
+            _globalise(child)
+    return module

@@ -1,0 +1,149 @@
+"""What every main script does before its own work: device, ranks, seed, folder, checkpoint."""
+
+import os
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint import LAST, check_same, find_checkpoint, load_checkpoint
+from utils.device import choose_amp, choose_device
+from utils.distributed import Ranks
+from utils.errors import UserError
+from utils.logging import plain
+
+# flags that give a model its shape: a checkpoint fits only if they are equal
+SHAPE_FLAGS = ["arch", "width", "N_books", "N_words", "L_word", "quantizer"]
+# flags that may differ on a resume without a word
+FREE_FLAGS = {
+    "resume",
+    "output_dir",
+    "data_dir",
+    "if_download",
+    "max_steps",
+    "eval_only",
+    "eval_epoch",
+    "checkpoint_every",
+    "log_every",
+    "gpu_id",
+    "device",
+    "limit_db",
+    "limit_query",
+    "num_workers",
+    "overwrite",
+    "compile",
+    "distance",
+    "Top_N",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a main script.
+
+    Attributes:
+        method: "SPQ".
+        args: the flags, `amp` resolved to what is used.
+        device: where it computes.
+        ranks: this process among the others.
+        checkpoint: state to go on from, or None.
+    """
+
+    method: str
+    args: Namespace
+    device: torch.device
+    ranks: Ranks
+    checkpoint: dict | None
+
+    def check_labels(self, *label_sets: Tensor) -> None:
+        """Labels must lie below --num_cls, or UserError."""
+        highest = max(int(labels.max()) for labels in label_sets)
+        if highest >= self.args.num_cls:
+            raise UserError(
+                f"--num_cls={self.args.num_cls}: the data set has class {highest}; allowed is "
+                f"{highest + 1} or more"
+            )
+
+
+def start_run(method: str, args: Namespace) -> Run:
+    """Choose device and precision, join the other processes, seed, and read the checkpoint.
+
+    Raises:
+        UserError: if the GPU is not there, the output folder cannot be used or holds another run,
+            or the checkpoint does not fit.
+    """
+    ranks = Ranks.from_environment()
+    device = choose_device(args, ranks)
+    ranks.connect(device)
+    checkpoint = _find_run(method, args, ranks)
+    amp = args.amp
+    if amp == "auto" and checkpoint is not None:
+        amp = checkpoint["args"]["amp"]  # as the run began, so that it ends the same
+        amp = "auto" if amp == "fp16" and device.type == "cpu" else amp
+    amp = ranks.collect(choose_amp(amp, device))[0]
+    args = Namespace(**{**vars(args), "amp": amp})
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed)  # weights; the Trainer then gives each rank its own stream
+    if ranks.is_main:
+        print(" ".join(f"{name}={value}" for name, value in plain(args).items()))
+        precision = "float32" if amp == "off" else amp
+        print(f"{method} on {device}, trunk in {precision}, output in {args.output_dir}")
+    return Run(method, args, device, ranks, checkpoint)
+
+
+def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
+    """The checkpoint to go on from, if any; refuses to lose a run that is in the way."""
+    output_dir = args.output_dir
+    path = find_checkpoint(args.resume, output_dir) if args.resume else None
+    ranks.barrier()  # nobody writes before all have looked
+    _check_output(args, path)
+    if path is None:
+        if args.eval_only:
+            raise UserError(
+                f"--resume={args.resume}: no checkpoint in --output_dir={output_dir} to evaluate"
+            )
+        if args.resume and ranks.is_main:
+            print(f"--resume=auto: no checkpoint in {output_dir} yet, starting from the beginning")
+        if args.overwrite and ranks.is_main:
+            shutil.rmtree(output_dir / "tensorboard", ignore_errors=True)
+        return None
+    checkpoint = load_checkpoint(path)
+    if checkpoint["method"] != method:
+        raise UserError(
+            f"--resume={path}: is a checkpoint of {checkpoint['method']}, not of {method}"
+        )
+    saved = checkpoint["args"]
+    check_same(saved, args, SHAPE_FLAGS, "a model of another shape does not fit", path)
+    if ranks.is_main:
+        now = plain(args)
+        changed = [
+            f"--{name}={now[name]} (was {saved.get(name)})"
+            for name in now
+            if name not in FREE_FLAGS and now[name] != saved.get(name) and now[name] != "auto"
+        ]
+        note = f", with changed {', '.join(changed)}" if changed and not args.eval_only else ""
+        print(f"Going on from {path}, step {checkpoint['step']}{note}")
+    return checkpoint
+
+
+def _check_output(args: Namespace, resumed: Path | None) -> None:
+    output_dir = args.output_dir
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir={output_dir}: cannot be made: {error}") from error
+    if not os.access(output_dir, os.W_OK):
+        raise UserError(
+            f"--output_dir={output_dir}: cannot be written; allowed is a folder of yours"
+        )
+    old = output_dir / LAST
+    goes_on = resumed is not None and resumed.resolve().parent == output_dir.resolve()
+    if old.exists() and not (goes_on or args.overwrite or args.eval_only):
+        raise UserError(
+            f"--output_dir={output_dir}: holds a run already ({old}). Go on with it by "
+            "--resume=auto, choose another folder, or lose it by --overwrite"
+        )
