@@ -25,6 +25,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text that does not tell it in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help and "(default" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
 class BooleanFlag(argparse.Action):
     """`--flag`, `--no-flag`, `--flag=True`, `--flag=False`: unlike type=bool, False is false."""
 
@@ -87,7 +95,7 @@ def spq_parser() -> Parser:
         prog="main_SPQ.py",
         description="Self-supervised Product Quantization (ICCV 2021) on CIFAR-10: train, "
         "evaluate, resume.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     add_data_flags(parser)
@@ -96,9 +104,6 @@ def spq_parser() -> Parser:
     add_evaluation_flags(parser)
     add_run_flags(parser)
     return parser
-
-
-# fmt: off  (one flag, one paragraph)
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -378,7 +383,7 @@ def add_run_flags(parser: Parser) -> None:
         default=None,
         metavar="CHECKPOINT",
         help="go on from a checkpoint, or `auto`: from the newest one in --output_dir, and from "
-        "the start if there is none",
+        "the start if there is none (default: a new run)",
     )
     flag(
         "--overwrite",
@@ -402,9 +407,6 @@ def add_run_flags(parser: Parser) -> None:
         metavar="STEPS",
         help="steps between lines of metrics.jsonl",
     )
-
-
-# fmt: on
 
 
 def code_bits(args: argparse.Namespace) -> int:

@@ -139,10 +139,10 @@ def evaluate_retrieval(
         add("relevant", average_precision(top, n_relevant))
         if whole_ranking:
             add("all", average_precision(rel))
-        hits = hits_at(top, [*n_precision, top_n])
+        hits = hits_at(top, [*n_precision, top_n]).double()
         add("precision", hits[:, :-1] / torch.tensor(n_precision, device=hits.device))
         add("recall", hits[:, -1] / n_relevant.clamp(min=1))
-        hits = hits_at(rel, n_curve)
+        hits = hits_at(rel, n_curve).double()
         add("curve_precision", hits / torch.tensor(n_curve, device=hits.device))
         add("curve_recall", hits / n_relevant.clamp(min=1)[:, None])
         add("no_relevant", n_relevant == 0)

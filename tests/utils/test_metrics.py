@@ -1,0 +1,171 @@
+"""Metrics: lists worked by hand, scikit-learn as oracle, ties, empty and short cases."""
+
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from utils import retrieval
+from utils.metrics import average_precision, evaluate_retrieval, hits_at, relevance
+from utils.retrieval import adc_distances
+
+
+def rel(*rows):
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def test_average_precision_by_hand():
+    # relevant at ranks 1, 3, 4: precisions 1/1, 2/3, 3/4
+    total = 1 + 2 / 3 + 3 / 4
+    lists = rel([1, 0, 1, 1, 0])
+    assert average_precision(lists).item() == pytest.approx(total / 3)
+    assert average_precision(lists, torch.tensor([6])).item() == pytest.approx(total / 6)
+
+
+def test_average_precision_of_several_lists():
+    got = average_precision(rel([0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]))
+    assert got.tolist() == pytest.approx([1 / 3, 1, 0, (1 / 2 + 2 / 3) / 2])
+
+
+def test_average_precision_equals_scikit_learn():
+    scores = torch.rand(20, 50)
+    lists = torch.rand(20, 50) < 0.3
+    order = scores.argsort(dim=1, descending=True)
+    got = average_precision(lists.gather(1, order))
+    for q in range(20):
+        want = average_precision_score(lists[q].numpy(), scores[q].numpy())
+        assert got[q].item() == pytest.approx(want, abs=1e-12)
+
+
+def test_hits_at_cutoffs():
+    assert hits_at(rel([1, 0, 1, 1]), [1, 2, 4, 9]).tolist() == [[1, 1, 3, 3]]
+
+
+def test_relevance_of_classes_and_of_shared_labels():
+    assert relevance(torch.tensor([1, 2]), torch.tensor([2, 1, 1])).tolist() == [
+        [False, True, True],
+        [True, False, False],
+    ]
+    queries = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    items = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 1]])
+    want = [[False, True, True], [False, False, False]]
+    assert relevance(queries, items).tolist() == want
+    assert relevance(queries, items.expand(2, 3, 3)).tolist() == want
+
+
+def make(n_query=12, n_db=80, n_classes=4):
+    codebooks = torch.randn(3, 4, 2)
+    return dict(
+        query=torch.randn(n_query, 6),
+        query_labels=torch.randint(0, n_classes, (n_query,)),
+        db_codes=torch.randint(0, 4, (n_db, 3)),  # 64 codes for 80 items: ties
+        db_labels=torch.randint(0, n_classes, (n_db,)),
+        codebooks=codebooks,
+    )
+
+
+def naive_metrics(data, top_n, distance):
+    """Straight from the definitions, a query at a time."""
+    dist = adc_distances(data["query"], data["db_codes"], data["codebooks"], distance)
+    found, relevant, whole, precision10, recall = [], [], [], [], []
+    for q in range(len(dist)):
+        order = sorted(range(dist.shape[1]), key=lambda n: (dist[q, n].item(), n))
+        good = [bool(data["db_labels"][n] == data["query_labels"][q]) for n in order]
+        total = sum(good)
+
+        def summed(n, good=good):
+            return sum(sum(good[: i + 1]) / (i + 1) for i in range(n) if good[i])
+
+        n = min(top_n, len(good))
+        hits = sum(good[:n])
+        found.append(summed(n) / hits if hits else 0.0)
+        relevant.append(summed(n) / total if total else 0.0)
+        whole.append(summed(len(good)) / total if total else 0.0)
+        precision10.append(sum(good[:10]) / 10)
+        recall.append(hits / total if total else 0.0)
+    mean = [sum(v) / len(v) for v in (found, relevant, whole, precision10, recall)]
+    names = [f"mAP@{top_n}", f"mAP@{top_n}_all_relevant", "mAP@all", "precision@10",
+             f"recall@{top_n}"]  # fmt: skip
+    return dict(zip(names, mean, strict=True))
+
+
+@pytest.mark.parametrize("distance", ["squared_l2", "l2"])
+@pytest.mark.parametrize("top_n", [15, 80])
+def test_all_metrics_equal_the_definitions(distance, top_n):
+    data = make()
+    got = evaluate_retrieval(**data, distance=distance, top_n=top_n)
+    for name, value in naive_metrics(data, top_n, distance).items():
+        assert got[name] == pytest.approx(value, abs=1e-9), name
+    assert got["queries"] == 12
+
+
+def test_top_n_larger_than_the_database_is_the_whole_ranking():
+    got = evaluate_retrieval(**make(), top_n=1000)
+    assert got["mAP@1000"] == pytest.approx(got["mAP@all"])
+    assert got["mAP@1000_all_relevant"] == pytest.approx(got["mAP@all"])
+    assert got["recall@1000"] == pytest.approx(1.0)
+
+
+def test_queries_without_relevant_items_count_as_zero_and_are_reported():
+    data = make()
+    without = evaluate_retrieval(**data, top_n=20)
+    data["query"] = data["query"].repeat(2, 1)
+    data["query_labels"] = torch.cat([data["query_labels"], torch.full((12,), 99)])
+    got = evaluate_retrieval(**data, top_n=20)
+    assert got["queries_without_relevant"] == 12
+    assert without["queries_without_relevant"] == 0
+    for name in ("mAP@20", "mAP@20_all_relevant", "mAP@all", "recall@20"):
+        assert got[name] == pytest.approx(without[name] / 2)
+
+
+def test_in_batches_as_in_one(monkeypatch):
+    data = make()
+    whole = evaluate_retrieval(**data, top_n=15)
+    monkeypatch.setattr(retrieval, "CHUNK_BYTES", 1)
+    single = evaluate_retrieval(**data, top_n=15)
+    for name in ("mAP@15", "mAP@all", "precision@10"):
+        assert single[name] == pytest.approx(whole[name], abs=1e-12)
+
+
+def test_head_of_the_ranking_alone_gives_the_same_head_figures():
+    data = make()
+    whole = evaluate_retrieval(**data, top_n=15)
+    head = evaluate_retrieval(**data, top_n=15, whole_ranking=False)
+    assert "mAP@all" not in head
+    for name in ("mAP@15", "mAP@15_all_relevant", "precision@10", "recall@15"):
+        assert head[name] == pytest.approx(whole[name], abs=1e-12)
+
+
+def test_multi_label_equals_single_label_on_one_hot_labels():
+    data = make()
+    single = evaluate_retrieval(**data, top_n=15)
+    for side in ("query_labels", "db_labels"):
+        data[side] = torch.nn.functional.one_hot(data[side], 4)
+    multi = evaluate_retrieval(**data, top_n=15)
+    assert multi["mAP@15"] == pytest.approx(single["mAP@15"])
+    assert multi["mAP@all"] == pytest.approx(single["mAP@all"])
+    assert multi["recall@15"] == pytest.approx(single["recall@15"])
+
+
+def test_precision_recall_curve_ends_at_full_recall_and_base_rate():
+    data = make()
+    curve = evaluate_retrieval(**data, top_n=15)["pr_curve"]
+    assert curve["rank"][0] == 1
+    assert curve["rank"][-1] == 80
+    assert curve["recall"][-1] == pytest.approx(1.0)
+    rate = relevance(data["query_labels"], data["db_labels"]).double().mean().item()
+    assert curve["precision"][-1] == pytest.approx(rate)
+    assert curve["recall"] == sorted(curve["recall"])
+
+
+def test_bad_input_is_named():
+    data = make()
+    with pytest.raises(ValueError, match="11 labels"):
+        evaluate_retrieval(**data | {"query_labels": data["query_labels"][:11]})
+    with pytest.raises(ValueError, match="no queries"):
+        evaluate_retrieval(
+            **data | {"query": data["query"][:0], "query_labels": data["query_labels"][:0]}
+        )
+    with pytest.raises(ValueError, match="top_n"):
+        evaluate_retrieval(**data, top_n=0)
+    with pytest.raises(ValueError, match="3 labels, items 4"):
+        relevance(torch.zeros(2, 3), torch.zeros(5, 4))

@@ -1,0 +1,129 @@
+"""Exact search: against naive loops, ties, chunks, both code paths, bad input."""
+
+import pytest
+import torch
+
+from utils import retrieval
+from utils.retrieval import adc_distances, lookup_tables, ranked, search
+
+M, K, d = 5, 16, 3
+DISTANCES = pytest.mark.parametrize("distance", ["squared_l2", "l2"])
+
+
+@pytest.fixture
+def data():
+    codebooks = torch.randn(M, K, d)
+    return torch.randn(9, M * d), torch.randint(0, K, (300, M)), codebooks
+
+
+def naive(query, codes, codebooks, distance):
+    dist = torch.zeros(len(query), len(codes), dtype=torch.float64)
+    for q in range(len(query)):
+        for n in range(len(codes)):
+            for m in range(M):
+                difference = query[q, m * d : (m + 1) * d] - codebooks[m, codes[n, m]]
+                squared = difference.double().square().sum()
+                dist[q, n] += squared.sqrt() if distance == "l2" else squared
+    return dist
+
+
+@DISTANCES
+def test_distances_equal_naive_loop(data, distance):
+    query, codes, codebooks = data
+    want = naive(query[:3], codes[:40], codebooks, distance)
+    got = adc_distances(query[:3], codes[:40], codebooks, distance)
+    # sums of a few float32 terms of order 10: some units in the last place
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-5)
+
+
+@DISTANCES
+def test_search_ranks_as_a_stable_sort(data, distance):
+    query, codes, codebooks = data
+    want, index = adc_distances(query, codes, codebooks, distance).sort(dim=1, stable=True)
+    got = search(query, codes, codebooks, 40, distance)
+    assert torch.equal(got[0], want[:, :40])
+    assert torch.equal(got[1], index[:, :40])
+
+
+def test_squared_and_plain_l2_rank_differently(data):
+    by_square = search(*data, 50, "squared_l2")[1]
+    by_norm = search(*data, 50, "l2")[1]
+    assert not torch.equal(by_square, by_norm)
+
+
+def test_ties_come_in_order_of_index(data):
+    query, _, codebooks = data
+    codes = torch.randint(0, K, (3, M))[torch.randint(0, 3, (200,))]  # 200 items, 3 codes
+    for k in (10, 150, 200):
+        dist, index = search(query, codes, codebooks, k)
+        tied = dist[:, 1:] == dist[:, :-1]
+        assert tied.float().mean() > 0.9
+        assert (index[:, 1:] > index[:, :-1])[tied].all()
+
+
+def test_an_item_made_of_the_query_s_codewords_is_found_at_distance_zero(data):
+    _, codes, codebooks = data
+    query = torch.stack([codebooks[m, codes[:8, m]] for m in range(M)], dim=1).flatten(1)
+    dist, index = search(query, codes, codebooks, 1)
+    assert torch.equal(dist, torch.zeros(8, 1))
+    assert torch.equal(codes[index[:, 0]], codes[:8])
+
+
+@pytest.mark.parametrize("k", [1, 37, 299, 300, 1000])
+@DISTANCES
+def test_in_pieces_as_in_one(data, k, distance, monkeypatch):
+    whole = search(*data, k, distance)
+    monkeypatch.setattr(retrieval, "DB_CHUNK", 64)  # 300 items in 5 pieces
+    monkeypatch.setattr(retrieval, "CHUNK_BYTES", 1)  # a query at a time
+    pieces = search(*data, k, distance)
+    assert torch.equal(whole[0], pieces[0])
+    assert torch.equal(whole[1], pieces[1])
+    assert whole[0].shape == (9, min(k, 300))
+
+
+@pytest.mark.parametrize("k", [40, 300])
+def test_cpu_path_equals_the_device_path(data, k, monkeypatch):
+    by_numpy = search(*data, k)
+    monkeypatch.setattr(retrieval, "_smallest_numpy", retrieval._smallest_torch)
+    by_torch = search(*data, k)
+    assert torch.equal(by_numpy[0], by_torch[0])
+    assert torch.equal(by_numpy[1], by_torch[1])
+
+
+@pytest.mark.parametrize("words", [2, 16, 256])
+def test_any_number_of_words(words):
+    codebooks = torch.randn(7, words, 2)
+    query, codes = torch.randn(4, 14), torch.randint(0, words, (100, 7))
+    lut = lookup_tables(query, codebooks)
+    want = sum(lut[:, m, codes[:, m]] for m in range(7))
+    torch.testing.assert_close(adc_distances(query, codes, codebooks), want)
+
+
+def test_uint8_codes_search_as_int64(data):
+    query, codes, codebooks = data
+    assert torch.equal(
+        search(query, codes.byte(), codebooks, 9)[1], search(query, codes, codebooks, 9)[1]
+    )
+
+
+def test_ranked_yields_what_search_returns(data):
+    index = torch.cat([part for _, part in ranked(*data, 25)])
+    assert torch.equal(index, search(*data, 25)[1])
+
+
+def test_bad_input_is_named(data):
+    query, codes, codebooks = data
+    with pytest.raises(ValueError, match=r"queries must be \(Q, 15\)"):
+        search(query[:, :-1], codes, codebooks, 5)
+    with pytest.raises(ValueError, match=r"codes must be \(N, 5\)"):
+        search(query, codes[:, :-1], codebooks, 5)
+    with pytest.raises(ValueError, match=r"\[0, 16\)"):
+        search(query, codes + 1, codebooks, 5)
+    with pytest.raises(ValueError, match="unknown distance 'cosine'"):
+        search(query, codes, codebooks, 5, "cosine")
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        search(query, codes, codebooks, 0)
+    with pytest.raises(ValueError, match="1 to"):
+        search(query, codes[:0], codebooks, 5)
+    with pytest.raises(ValueError, match="finite"):
+        search(query * float("nan"), codes, codebooks, 5)
