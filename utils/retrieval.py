@@ -112,9 +112,11 @@ def ranked(
 
     Yields:
         (rows, index): a slice of the queries, and their neighbours (len(rows), min(k, N)) int64.
+        The index is good until the next one is asked for: its memory is used again.
     """
     for rows, keys in _ranked_keys(query, db_codes, codebooks, k, distance):
-        yield rows, keys & _INDEX_MASK
+        keys &= _INDEX_MASK
+        yield rows, keys
 
 
 # --- how it works -------------------------------------------------------------------------------
@@ -173,7 +175,10 @@ def _sum_tables(tables: list[Tensor], columns: list[Tensor]) -> Tensor:
 def _ranked_keys(
     query: Tensor, db_codes: Tensor, codebooks: Tensor, k: int, distance: str
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the queries and their k smallest keys (rows, min(k, N)) int64, ascending."""
+    """Slices of the queries and their k smallest keys (rows, min(k, N)) int64, ascending.
+
+    What is yielded belongs to the caller until it asks for more; then it may be overwritten.
+    """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if not torch.isfinite(query).all():
@@ -188,7 +193,7 @@ def _ranked_keys(
     # stand beside their keys.
     row_bytes = 8 * words + 16 * k + (0 if on_cpu else 28 * min(N, DB_CHUNK))
     step = max(1, min(256, CHUNK_BYTES // row_bytes))
-    smallest = _smallest_numpy if on_cpu else _smallest_torch
+    smallest = _SmallestNumpy() if on_cpu else _smallest_torch
     for start in range(0, len(query), step):
         rows = slice(start, min(start + step, len(query)))
         tables = _merge_tables(lookup_tables(query[rows], codebooks, distance), groups)
@@ -196,10 +201,9 @@ def _ranked_keys(
         for first in range(0, N, DB_CHUNK):
             piece = [column[first : first + DB_CHUNK] for column in columns]
             keys = smallest(tables, piece, first, k)
-            if best is None:
-                best = keys
-            else:
-                best = torch.cat([best, keys], dim=1).sort(dim=1).values[:, :k]
+            if best is not None:
+                keys = torch.cat([best, keys], dim=1).sort(dim=1).values[:, :k]
+            best = keys if N <= DB_CHUNK else keys.clone()
         yield rows, best
 
 
@@ -213,35 +217,47 @@ def _smallest_torch(tables: list[Tensor], columns: list[Tensor], first: int, k: 
     return keys.sort(dim=1).values
 
 
-def _smallest_numpy(tables: list[Tensor], columns: list[Tensor], first: int, k: int) -> Tensor:
+class _SmallestNumpy:
     """As `_smallest_torch`: a query at a time, so that all it touches stays in the cache, with
-    the queries shared out over torch's number of threads (numpy releases the interpreter lock)."""
-    n = len(columns[0])
-    kept = min(k, n)
-    look_up = [column.numpy().astype(np.intp) for column in columns]
-    table_rows = [table.numpy() for table in tables]
-    Q = len(table_rows[0])
-    index = np.arange(first, first + n)
-    out = np.empty((Q, kept), dtype=np.int64)
+    the queries shared out over torch's number of threads (numpy releases the interpreter lock).
 
-    def work(queries: range) -> None:
-        dist, part = np.empty((2, n), dtype=np.float32)
-        wide = np.empty(n, dtype=np.float64)
-        keys = wide.view(np.int64)
-        for q in queries:
-            # "clip" writes into `out` directly; codes were checked to lie inside the tables
-            table_rows[0][q].take(look_up[0], out=dist, mode="clip")
-            for table, column in zip(table_rows[1:], look_up[1:], strict=True):
-                dist += table[q].take(column, out=part, mode="clip")
-            np.copyto(wide, dist)
-            np.bitwise_or(keys, index, out=keys)
-            if kept < n:
-                keys.partition(kept - 1)
-            out[q] = keys[:kept]
-            out[q].sort()
+    The result stands in a buffer that the next call uses again: fresh memory for every chunk
+    would cost as much time as the search itself.
+    """
 
-    threads = max(1, min(torch.get_num_threads(), Q))
-    shares = [range(i, Q, threads) for i in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, shares))
-    return torch.from_numpy(out)
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, dtype=np.int64)
+
+    def __call__(self, tables: list[Tensor], columns: list[Tensor], first: int, k: int) -> Tensor:
+        n = len(columns[0])
+        kept = min(k, n)
+        look_up = [column.numpy().astype(np.intp) for column in columns]
+        table_rows = [table.numpy() for table in tables]
+        Q = len(table_rows[0])
+        if self.buffer.size < Q * kept:
+            self.buffer = np.empty(Q * kept, dtype=np.int64)
+        out = self.buffer[: Q * kept].reshape(Q, kept)
+        index = np.arange(first, first + n)
+
+        def work(queries: range) -> None:
+            dist, part = np.empty((2, n), dtype=np.float32)
+            wide = np.empty(n, dtype=np.float64)
+            keys = wide.view(np.int64)
+            for q in queries:
+                # "clip" writes into `out` directly; codes were checked to lie inside the tables
+                table_rows[0][q].take(look_up[0], out=dist, mode="clip")
+                for table, column in zip(table_rows[1:], look_up[1:], strict=True):
+                    dist += table[q].take(column, out=part, mode="clip")
+                np.copyto(wide, dist)
+                np.bitwise_or(keys, index, out=keys)
+                if kept < n:
+                    keys.partition(kept - 1)
+                    keys[:kept].sort()
+                else:
+                    keys.sort()
+                out[q] = keys[:kept]
+
+        threads = max(1, min(torch.get_num_threads(), Q))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, [range(i, Q, threads) for i in range(threads)]))
+        return torch.from_numpy(out)

@@ -54,13 +54,13 @@ def test_relevance_of_classes_and_of_shared_labels():
 
 def make(n_query=12, n_db=80, n_classes=4):
     codebooks = torch.randn(3, 4, 2)
-    return dict(
-        query=torch.randn(n_query, 6),
-        query_labels=torch.randint(0, n_classes, (n_query,)),
-        db_codes=torch.randint(0, 4, (n_db, 3)),  # 64 codes for 80 items: ties
-        db_labels=torch.randint(0, n_classes, (n_db,)),
-        codebooks=codebooks,
-    )
+    return {
+        "query": torch.randn(n_query, 6),
+        "query_labels": torch.randint(0, n_classes, (n_query,)),
+        "db_codes": torch.randint(0, 4, (n_db, 3)),  # 64 codes for 80 items: ties
+        "db_labels": torch.randint(0, n_classes, (n_db,)),
+        "codebooks": codebooks,
+    }
 
 
 def naive_metrics(data, top_n, distance):
