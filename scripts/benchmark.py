@@ -1,0 +1,238 @@
+"""Time our parts against plain ones, after asserting that both compute the same.
+
+    python scripts/benchmark.py                    # everything, some minutes on two cores
+    python scripts/benchmark.py --part loss        # one of: loss, augmentation, step, evaluation
+
+The plain versions are written as the released code works: float32, default memory layout, a
+(2B, 2B, D) tensor of cosines in the loss, a Python loop over queries and codebooks in evaluation.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.augment import SimCLRAugment
+from losses import cqc_loss
+from models import SPQ, build_quantizer, build_trunk
+from utils.device import AMP_DTYPES, choose_amp, describe_hardware
+from utils.metrics import evaluate_retrieval
+
+TAU = 0.5
+QUERIES, ITEMS, TOP_N = 10_000, 50_000, 1000
+PLAIN_QUERIES = 200  # the plain evaluation is timed on these and scaled up
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of `work` after one call to warm up."""
+    times = []
+    for i in range(repeats + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        if i:
+            times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- plain versions -----------------------------------------------------------------------------
+
+
+def plain_nt_xent(u: Tensor, v: Tensor, tau: float) -> Tensor:
+    """NT-Xent with every pair's cosine taken from a (2B, 2B, D) broadcast."""
+    rows = torch.cat([u, v])
+    B = len(u)
+    sim = F.cosine_similarity(rows[:, None, :], rows[None, :, :], dim=2)
+    positives = torch.cat([torch.diag(sim, B), torch.diag(sim, -B)])[:, None]
+    mask = torch.eye(2 * B, dtype=torch.bool, device=u.device)
+    mask |= mask.roll(B, 1)
+    negatives = sim[~mask].view(2 * B, -1)
+    logits = torch.cat([positives, negatives], dim=1) / tau
+    return F.cross_entropy(logits, torch.zeros(2 * B, dtype=torch.long, device=u.device))
+
+
+def plain_loss(x_a: Tensor, x_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
+    """The released loss as released."""
+    return plain_nt_xent(x_a, z_b, TAU) + plain_nt_xent(x_b, z_a, TAU)
+
+
+def plain_evaluation(
+    query: Tensor, ql: Tensor, codes: Tensor, dl: Tensor, codebooks: Tensor
+) -> float:
+    """mAP@1000 by a loop over queries and codebooks (squared L2)."""
+    M, _, d = codebooks.shape
+    total = 0.0
+    for q in range(len(query)):
+        dist = torch.zeros(len(codes), device=query.device)
+        for m in range(M):
+            lut = (query[q, m * d : (m + 1) * d] - codebooks[m]).square().sum(-1)
+            dist += lut[codes[:, m]]
+        order = torch.sort(dist, stable=True).indices[:TOP_N]
+        rel = (dl[order] == ql[q]).float()
+        if rel.sum() > 0:
+            precision = rel.cumsum(0) / torch.arange(1, TOP_N + 1, device=query.device)
+            total += ((precision * rel).sum() / rel.sum()).item()
+    return total / len(query)
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def bench_loss(args: argparse.Namespace, device: torch.device) -> dict:
+    """Loss, forward and backward."""
+
+    def make() -> list[Tensor]:
+        torch.manual_seed(0)
+        shape = (args.batch_size, 128)
+        return [torch.randn(shape, device=device, requires_grad=True) for _ in range(4)]
+
+    ours, plain = make(), make()
+    one, two = cqc_loss(*ours, TAU), plain_loss(*plain)
+    one.backward(), two.backward()
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    t_plain = seconds(lambda: plain_loss(*plain).backward(), device, args.repeats)
+    t_ours = seconds(lambda: cqc_loss(*ours, TAU).backward(), device, args.repeats)
+    return {"plain_s": t_plain, "ours_s": t_ours, "ratio": t_plain / t_ours,
+            "equality": "loss within 1e-5, gradients within 1e-3"}  # fmt: skip
+
+
+def build(args: argparse.Namespace, device: torch.device) -> SPQ:
+    """32-bit SPQ of the given width, always with the same weights."""
+    torch.manual_seed(0)
+    return SPQ(build_trunk("resnet18", args.width), build_quantizer("soft", 8, 16, 16)).to(device)
+
+
+def bench_step(args: argparse.Namespace, device: torch.device) -> dict:
+    """One training step on given views: forward of both, loss, backward, Adam."""
+    amp = choose_amp("auto", device)
+    dtype = AMP_DTYPES[amp]
+    torch.manual_seed(1)
+    views = [torch.rand(args.batch_size, 3, 32, 32, device=device) for _ in range(2)]
+    loss_plain = _stepper(build(args, device), views, plain_loss, None, device)
+    layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
+    ours = build(args, device).to(memory_format=layout)
+    loss_ours = _stepper(ours, views, lambda *v: cqc_loss(*v, TAU), dtype, device)
+    # same weights, same views, before any update
+    tolerance = 2e-4 if dtype is None else 2e-2  # bf16 has 8 bits of mantissa
+    one, two = loss_ours(update=False), loss_plain(update=False)
+    assert abs(one - two) <= tolerance * abs(two), (one, two)
+    t_plain = seconds(loss_plain, device, args.repeats)
+    t_ours = seconds(loss_ours, device, args.repeats)
+    return {"width": args.width, "batch": args.batch_size, "amp": amp, "plain_s": t_plain,
+            "ours_s": t_ours, "ratio": t_plain / t_ours, "ours_images_per_s": args.batch_size / t_ours,
+            "equality": f"losses {one:.5f} and {two:.5f}, tolerance {tolerance:g}"}  # fmt: skip
+
+
+def _stepper(
+    model: nn.Module,
+    views: list[Tensor],
+    loss_of: Callable[..., Tensor],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Callable[..., float]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, fused=dtype is not None or None)
+
+    def step(update: bool = True) -> float:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            x_a, z_a = model(views[0])
+            x_b, z_b = model(views[1])
+        loss = loss_of(x_a, x_b, z_a, z_b)
+        if update:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def bench_augmentation(args: argparse.Namespace, device: torch.device) -> dict:
+    """Both views of a batch, against the training step of the network at this width."""
+    images = torch.randint(
+        0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device
+    )  # fmt: skip
+    augment = SimCLRAugment(32).to(device)
+    torch.manual_seed(0)
+    view = augment(images)
+    torch.manual_seed(0)
+    assert torch.equal(view, augment(images))
+    t = seconds(lambda: (augment(images), augment(images)), device, max(5, args.repeats))
+    return {"two_views_s": t, "images_per_s": args.batch_size / t,
+            "equality": "a seed repeats the views bit for bit"}  # fmt: skip
+
+
+def bench_evaluation(args: argparse.Namespace, device: torch.device) -> dict:
+    """mAP@1000 and the whole ranking of 10,000 queries against 50,000 items, M = 8, K = 16."""
+    torch.manual_seed(0)
+    M, K, d = 8, 16, 16
+    codebooks = 0.3 * torch.randn(M, K, d, device=device)
+    labels = [torch.randint(0, 10, (n,), device=device) for n in (QUERIES, ITEMS)]
+    codes = torch.randint(0, K, (ITEMS, M), device=device)
+    query = 0.3 * torch.randn(QUERIES, M * d, device=device)
+
+    def ours(n: int, whole: bool) -> dict:
+        return evaluate_retrieval(
+            query[:n], labels[0][:n], codes, labels[1], codebooks, top_n=TOP_N, whole_ranking=whole
+        )
+
+    def plain() -> float:
+        return plain_evaluation(
+            query[:PLAIN_QUERIES], labels[0][:PLAIN_QUERIES], codes, labels[1], codebooks
+        )
+
+    one, two = ours(PLAIN_QUERIES, False)[f"mAP@{TOP_N}"], plain()
+    # the two add the tables in another order: near-ties may swap
+    assert abs(one - two) < 1e-5, (one, two)
+    t_plain = seconds(plain, device, 1) * QUERIES / PLAIN_QUERIES
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    t_head = seconds(lambda: ours(QUERIES, False), device, args.repeats)
+    t_whole = seconds(lambda: ours(QUERIES, True), device, args.repeats)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"plain_s_scaled_up": t_plain, "ours_mAP@1000_s": t_head, "ratio": t_plain / t_head,
+            "ours_whole_ranking_s": t_whole, "extra_memory_MiB": peak,
+            "equality": f"mAP@1000 of {PLAIN_QUERIES} queries: {one:.7f} and {two:.7f}"}  # fmt: skip
+
+
+PARTS = {"loss": bench_loss, "augmentation": bench_augmentation, "step": bench_step,
+         "evaluation": bench_evaluation}  # fmt: skip
+
+
+def main() -> None:
+    """Run the parts asked for and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--width", type=int, default=64, help="of the trunk (default: 64)")
+    parser.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls; their median counts")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {"hardware": describe_hardware(device), "torch": torch.__version__,
+             "python": platform.python_version()}  # fmt: skip
+    for name in PARTS if args.part == "all" else [args.part]:
+        print(f"{name} ...", file=sys.stderr)
+        found[name] = PARTS[name](args, device)
+    if "step" in found and "augmentation" in found:
+        share = found["augmentation"]["two_views_s"] / found["step"]["ours_s"]
+        found["augmentation"]["share_of_step"] = share
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""main_SPQ.py from end to end on a small set: logs, resume, kill, signals, faults."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_cifar
+import torch
+
+import main_SPQ
+from models import ProductQuantizer
+from utils.checkpoint import LAST, load_checkpoint
+from utils.errors import UserError
+from utils.loop import Trainer, TrainingStopped
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 2 * (5 * small_cifar.ROWS // 20)  # of the two epochs of FAST
+
+
+def run(data_dir, output_dir, *flags):
+    """main_SPQ.py in this process."""
+    main_SPQ.main(
+        [*small_cifar.FAST, f"--data_dir={data_dir}", f"--output_dir={output_dir}", *flags]
+    )
+
+
+def start(data_dir, output_dir, *flags):
+    """main_SPQ.py in a process of its own."""
+    command = [sys.executable, "tests/small_cifar.py", "--data_dir", str(data_dir)]
+    return subprocess.Popen(
+        [*command, *small_cifar.FAST, f"--output_dir={output_dir}", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def log_of(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+
+
+def weights(folder):
+    return load_checkpoint(folder / LAST)["model"]
+
+
+def assert_same_weights(one, two):
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_files):
+    """A run of two epochs that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cifar10.BIN_SHA256", small_cifar.hashes(small_files))
+        patch.setattr("data.cifar10.ROWS", small_cifar.ROWS)
+        folder = tmp_path_factory.mktemp("finished")
+        run(small_files, folder, "--eval_epoch=1")
+    return folder
+
+
+def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
+    train, evals = log_of(finished, "train"), log_of(finished, "eval")
+    assert [e["step"] for e in train] == list(range(1, STEPS + 1))
+    assert set(train[0]) == {"kind", "epoch", "step", "loss", "lr", "images_per_s"}
+    assert [(e["epoch"], e["step"], e["distance"]) for e in evals] == [
+        (1, STEPS // 2, "squared_l2"), (1, STEPS // 2, "l2"),
+        (2, STEPS, "squared_l2"), (2, STEPS, "l2"),
+    ]  # fmt: skip
+    assert evals[0]["code_bits"] == 16
+    assert {"mAP@50", "mAP@50_all_relevant", "mAP@all", "queries"} <= set(evals[0])
+    args = json.loads((finished / "args.json").read_text())
+    assert args["args"]["N_books"] == 4
+    assert {"torch", "kornia"} <= set(args["versions"])
+    assert args["hardware"]["cores"] == os.cpu_count()
+    assert args["commit"] is None or re.match(r"[0-9a-f]{40}", args["commit"])
+    assert any((finished / "tensorboard").iterdir())
+    for picture in ("learning_curve.png", "retrieval.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_learns(finished):
+    losses = [e["loss"] for e in log_of(finished, "train")]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    # classes differ by colour alone; chance is the base rate of 0.1
+    assert log_of(finished, "eval")[-2]["mAP@all"] > 0.3
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another(finished, small_set, tmp_path):
+    run(small_set, tmp_path / "again", "--eval_epoch=1")
+    assert_same_weights(finished, tmp_path / "again")
+    losses = [[e["loss"] for e in log_of(f, "train")] for f in (finished, tmp_path / "again")]
+    assert losses[0] == losses[1]
+    run(small_set, tmp_path / "other", "--seed=1", "--max_steps=2")
+    assert [e["loss"] for e in log_of(tmp_path / "other", "train")] != losses[0][:2]
+
+
+def test_a_resumed_run_ends_bit_equal(finished, small_set, tmp_path):
+    run(small_set, tmp_path, "--max_steps=7", "--eval_epoch=1")
+    assert load_checkpoint(tmp_path / LAST)["step"] == 7
+    run(small_set, tmp_path, "--resume=auto", "--max_steps=19", "--eval_epoch=1")
+    run(small_set, tmp_path, f"--resume={tmp_path / LAST}", "--eval_epoch=1")
+    assert_same_weights(finished, tmp_path)
+    assert [e["step"] for e in log_of(tmp_path, "train")] == list(range(1, STEPS + 1))
+    final = [log_of(f, "eval")[-1]["mAP@all"] for f in (finished, tmp_path)]
+    assert final[0] == final[1]
+
+
+def test_a_killed_run_resumes_bit_equal(finished, small_files, small_set, tmp_path):
+    process = start(small_files, tmp_path, "--eval_epoch=1", "--checkpoint_every=1")
+    wait_for_step(tmp_path, 4, process)
+    process.kill()
+    process.communicate()
+    killed_at = load_checkpoint(tmp_path / LAST)["step"]
+    assert 0 < killed_at < STEPS
+    run(small_set, tmp_path, "--resume=auto", "--eval_epoch=1")
+    assert_same_weights(finished, tmp_path)
+    # steps logged after the last checkpoint stand once
+    assert [e["step"] for e in log_of(tmp_path, "train")] == list(range(1, STEPS + 1))
+
+
+def wait_for_step(folder, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len(log_of(folder, "train")) >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no step {step}: {process.communicate()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_says_how_to_go_on(
+    number, finished, small_files, small_set, tmp_path
+):
+    process = start(small_files, tmp_path, "--eval_epoch=1")
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    assert "--resume=auto" in err
+    assert "Traceback" not in err
+    assert load_checkpoint(tmp_path / LAST)["step"] >= 2
+    run(small_set, tmp_path, "--resume=auto", "--eval_epoch=1")
+    assert_same_weights(finished, tmp_path)
+
+
+def test_a_finished_run_is_not_run_again(finished, small_set, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    run(small_set, finished, "--resume=auto", "--eval_epoch=1")
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert "Result of the last epoch: mAP@50" in capsys.readouterr().out
+
+
+def test_eval_only_gives_the_logged_figures_and_touches_nothing(finished, small_set, tmp_path):
+    before = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    run(small_set, tmp_path, "--eval_only", f"--resume={finished}")
+    got = json.loads((tmp_path / "eval_only.json").read_text())
+    want = log_of(finished, "eval")[-2:]
+    assert [e["mAP@50"] for e in got] == [e["mAP@50"] for e in want]
+    assert {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
+
+
+def test_evaluation_restores_training_mode(small_set, tmp_path, monkeypatch):
+    modes = []
+    step = Trainer.train_step
+
+    def spy(self):
+        loss = step(self)
+        modes.append((self.step, self.model.training))
+        return loss
+
+    evaluate = Trainer.evaluate
+
+    def watched(self):
+        was = self.model.training
+        result = evaluate(self)
+        modes.append(("evaluated", self.model.training == was))
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", spy)
+    monkeypatch.setattr(Trainer, "evaluate", watched)
+    run(small_set, tmp_path, "--eval_epoch=1", "--limit_db=40", "--limit_query=10")
+    assert len(modes) == STEPS + 2
+    assert all(mode for _, mode in modes)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(small_set, tmp_path, monkeypatch):
+    real = main_SPQ.LOSSES["cqc"]
+    calls = []
+
+    def breaks(*views, tau):
+        calls.append(1)
+        return real(*views, tau=tau) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setitem(main_SPQ.LOSSES, "cqc", breaks)
+    with pytest.raises(TrainingStopped, match=r"loss at step 3 is not finite.*--lr") as stop:
+        run(small_set, tmp_path, "--checkpoint_every=1")
+    assert stop.value.exit_code == 1
+    state = load_checkpoint(tmp_path / LAST)
+    assert state["step"] == 3
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+def test_gradients_that_are_not_finite_stop_before_the_step(small_set, tmp_path, monkeypatch):
+    def breaks(*views, tau):
+        return torch.nan_to_num(torch.sqrt(views[0].sum() * 0.0))  # value 0, gradient nan
+
+    monkeypatch.setitem(main_SPQ.LOSSES, "cqc", breaks)
+    with pytest.raises(TrainingStopped, match="gradient at step 0 is not finite"):
+        run(small_set, tmp_path)
+    state = load_checkpoint(tmp_path / LAST)
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--quantizer=hard"],
+        ["--quantizer=vq", "--N_words=64"],
+        ["--loss=contrastive"],
+        ["--loss=cqc-paper", "--lr_schedule=released", "--optimizer=sgd"],
+        ["--amp=bf16", "--optimizer=adamw", "--warmup_epochs=0.5"],
+        ["--input_size=24", "--distance=l2", "--crop_size=24", "--width=6"],
+    ],
+    ids=lambda flags: flags[0].strip("-"),
+)
+def test_every_variant_runs(flags, small_set, tmp_path):
+    run(small_set, tmp_path, *flags, "--max_steps=2", "--limit_db=60", "--limit_query=10")
+    evals = log_of(tmp_path, "eval")
+    assert [e["queries"] for e in evals] == [10, 10]
+    assert evals[0]["distance"] == ("l2" if "--distance=l2" in flags else "squared_l2")
+
+
+def test_released_schedule_is_followed(small_set, tmp_path):
+    run(small_set, tmp_path, "--max_steps=3", "--lr_schedule=constant")
+    assert {e["lr"] for e in log_of(tmp_path, "train")} == {1e-3}
+
+
+FAULTS = [
+    (["--batch_size=301"], r"--batch_size=301: is larger than the training set; .* 300"),
+    (["--limit_train=10"], r"--batch_size=20: is larger .* 10"),
+    (["--data_dir=/nowhere"], r"--data_dir=/nowhere: CIFAR-10 is not there"),
+    (["--resume=/nowhere/c.pt"], r"--resume=/nowhere/c\.pt: no such file"),
+    (["--num_cls=5"], r"--num_cls=5: the data set has class 9; allowed is 10"),
+    (["--eval_only", "--resume=auto"], r"no checkpoint in --output_dir"),
+    (["--output_dir=/proc/x"], r"--output_dir=/proc/x: cannot be made"),
+    (["--amp=fp16"], r"--amp=fp16: needs a GPU"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), FAULTS, ids=lambda v: v[0] if type(v) is list else ""
+)
+def test_faults_are_told_in_a_sentence(flags, message, small_set, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(small_set, tmp_path, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flag", "old"),
+    [
+        ("N_books=8", 4),
+        ("N_words=32", 16),
+        ("L_word=8", 4),
+        ("width=16", 8),
+        ("quantizer=vq", "soft"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(flag, old, finished, small_set, tmp_path):
+    name = flag.split("=")[0]
+    with pytest.raises(UserError, match=rf"--{flag}: .* made with --{name}={old}; .*shape"):
+        run(small_set, tmp_path, f"--{flag}", f"--resume={finished}")
+
+
+def test_what_is_no_checkpoint_is_refused(small_set, tmp_path):
+    (tmp_path / "x.pt").write_text("not a checkpoint")
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        run(small_set, tmp_path / "out", f"--resume={tmp_path / 'x.pt'}")
+
+
+def test_another_order_of_images_is_refused_on_resume(finished, small_set, tmp_path):
+    with pytest.raises(UserError, match=r"--batch_size=10 --seed=5: .*--batch_size=20 --seed=0"):
+        run(small_set, tmp_path, "--batch_size=10", "--seed=5", f"--resume={finished}")
+
+
+def test_a_run_in_the_way_is_not_lost(finished, small_set, tmp_path):
+    run(small_set, tmp_path, "--max_steps=1")
+    with pytest.raises(UserError, match=r"holds a run already .*--resume=auto.*--overwrite"):
+        run(small_set, tmp_path, "--max_steps=1")
+    with pytest.raises(UserError, match="holds a run already"):  # another run's checkpoint
+        run(small_set, tmp_path, "--max_steps=1", f"--resume={finished}")
+    run(small_set, tmp_path, "--max_steps=2", "--overwrite")
+    assert [e["step"] for e in log_of(tmp_path, "train")] == [1, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_reported_and_training_goes_on(small_set, tmp_path, monkeypatch, capsys):
+    run(small_set, tmp_path, "--max_steps=1")
+    (tmp_path / (LAST + ".tmp")).symlink_to("/dev/full")  # every byte written there fails
+
+    def keep(self, missing_ok=False):
+        assert self.name == LAST + ".tmp"
+
+    monkeypatch.setattr(Path, "unlink", keep)
+    run(small_set, tmp_path, "--max_steps=3", "--resume=auto", "--checkpoint_every=1")
+    assert "WARNING: checkpoint not written at step 2" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / LAST)["step"] == 1
+    assert [e["step"] for e in log_of(tmp_path, "train")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--N_words=12"], ["--data_dir=/nowhere"], ["--frobnicate"], ["--batch_size=-1"]]
+)
+def test_the_script_itself_exits_with_2_and_one_line(flags):
+    done = subprocess.run(
+        [sys.executable, "main_SPQ.py", "--device=cpu", *flags, "--output_dir=/tmp/spq-never"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert flags[0] in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_gpu_one_line_says_so(small_set, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run(small_set, tmp_path, "--device=auto", "--gpu_id=0", "--max_steps=1")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "No CUDA GPU found" in line]
+    assert len(lines) == 1
+    assert "--gpu_id=0 is ignored" in lines[0]
+    with pytest.raises(UserError, match="--device=cuda"):
+        run(small_set, tmp_path / "other", "--device=cuda")
+
+
+def test_codes_in_the_log_have_m_log2_k_bits(small_set, tmp_path):
+    run(small_set, tmp_path, "--N_books=2", "--N_words=256", "--max_steps=1")
+    assert log_of(tmp_path, "eval")[0]["code_bits"] == ProductQuantizer(2, 256, 4).code_bits == 16
+
+
+def test_compiled_training(small_set, tmp_path):
+    if not any(os.access(Path(p) / "g++", os.X_OK) for p in os.environ["PATH"].split(":")):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    run(small_set, tmp_path / "compiled", "--compile", "--max_steps=3")
+    run(small_set, tmp_path / "plain", "--max_steps=3")
+    losses = [[e["loss"] for e in log_of(tmp_path / f, "train")] for f in ("compiled", "plain")]
+    # fused kernels round otherwise, and three steps of Adam enlarge that
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
