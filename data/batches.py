@@ -44,7 +44,8 @@ class DeviceBatches:
         """This rank's images of the batch at `step`, counted from 0 over the whole training."""
         epoch, i = divmod(step, len(self))
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+            # torch's generator heeds the low 32 bits of a seed only
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
             order = torch.randperm(len(self.images), generator=generator)
             self._order = (epoch, order.to(self.images.device))
         share = self.batch_size // self.ranks.world_size

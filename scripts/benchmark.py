@@ -109,8 +109,12 @@ def bench_loss(args: argparse.Namespace, device: torch.device) -> dict:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
     t_plain = seconds(lambda: plain_loss(*plain).backward(), device, args.repeats)
     t_ours = seconds(lambda: cqc_loss(*ours, TAU).backward(), device, args.repeats)
-    return {"plain_s": t_plain, "ours_s": t_ours, "ratio": t_plain / t_ours,
-            "equality": "loss within 1e-5, gradients within 1e-3"}  # fmt: skip
+    return {
+        "plain_s": t_plain,
+        "ours_s": t_ours,
+        "ratio": t_plain / t_ours,
+        "equality": "loss within 1e-5, gradients within 1e-3",
+    }
 
 
 def build(args: argparse.Namespace, device: torch.device) -> SPQ:
@@ -135,9 +139,16 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict:
     assert abs(one - two) <= tolerance * abs(two), (one, two)
     t_plain = seconds(loss_plain, device, args.repeats)
     t_ours = seconds(loss_ours, device, args.repeats)
-    return {"width": args.width, "batch": args.batch_size, "amp": amp, "plain_s": t_plain,
-            "ours_s": t_ours, "ratio": t_plain / t_ours, "ours_images_per_s": args.batch_size / t_ours,
-            "equality": f"losses {one:.5f} and {two:.5f}, tolerance {tolerance:g}"}  # fmt: skip
+    return {
+        "width": args.width,
+        "batch": args.batch_size,
+        "amp": amp,
+        "plain_s": t_plain,
+        "ours_s": t_ours,
+        "ratio": t_plain / t_ours,
+        "ours_images_per_s": args.batch_size / t_ours,
+        "equality": f"losses {one:.5f} and {two:.5f}, tolerance {tolerance:g}",
+    }
 
 
 def _stepper(
@@ -165,17 +176,18 @@ def _stepper(
 
 def bench_augmentation(args: argparse.Namespace, device: torch.device) -> dict:
     """Both views of a batch, against the training step of the network at this width."""
-    images = torch.randint(
-        0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device
-    )  # fmt: skip
+    images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     augment = SimCLRAugment(32).to(device)
     torch.manual_seed(0)
     view = augment(images)
     torch.manual_seed(0)
     assert torch.equal(view, augment(images))
     t = seconds(lambda: (augment(images), augment(images)), device, max(5, args.repeats))
-    return {"two_views_s": t, "images_per_s": args.batch_size / t,
-            "equality": "a seed repeats the views bit for bit"}  # fmt: skip
+    return {
+        "two_views_s": t,
+        "images_per_s": args.batch_size / t,
+        "equality": "a seed repeats the views bit for bit",
+    }
 
 
 def bench_evaluation(args: argparse.Namespace, device: torch.device) -> dict:
@@ -205,13 +217,22 @@ def bench_evaluation(args: argparse.Namespace, device: torch.device) -> dict:
     t_head = seconds(lambda: ours(QUERIES, False), device, args.repeats)
     t_whole = seconds(lambda: ours(QUERIES, True), device, args.repeats)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"plain_s_scaled_up": t_plain, "ours_mAP@1000_s": t_head, "ratio": t_plain / t_head,
-            "ours_whole_ranking_s": t_whole, "extra_memory_MiB": peak,
-            "equality": f"mAP@1000 of {PLAIN_QUERIES} queries: {one:.7f} and {two:.7f}"}  # fmt: skip
+    return {
+        "plain_s_scaled_up": t_plain,
+        "ours_mAP@1000_s": t_head,
+        "ratio": t_plain / t_head,
+        "ours_whole_ranking_s": t_whole,
+        "extra_memory_MiB": peak,
+        "equality": f"mAP@1000 of {PLAIN_QUERIES} queries: {one:.7f} and {two:.7f}",
+    }
 
 
-PARTS = {"loss": bench_loss, "augmentation": bench_augmentation, "step": bench_step,
-         "evaluation": bench_evaluation}  # fmt: skip
+PARTS = {
+    "loss": bench_loss,
+    "augmentation": bench_augmentation,
+    "step": bench_step,
+    "evaluation": bench_evaluation,
+}
 
 
 def main() -> None:
@@ -223,8 +244,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed calls; their median counts")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {"hardware": describe_hardware(device), "torch": torch.__version__,
-             "python": platform.python_version()}  # fmt: skip
+    found = {
+        "hardware": describe_hardware(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     for name in PARTS if args.part == "all" else [args.part]:
         print(f"{name} ...", file=sys.stderr)
         found[name] = PARTS[name](args, device)

@@ -18,9 +18,10 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#555555"
 def box(axis: plt.Axes, x: float, y: float, w: float, h: float, text: str, color: str) -> None:
     """A rounded box with its text, (x, y) its centre."""
     axis.add_patch(
-        FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle="round,pad=0.03", fc="white",
-                       ec=color, lw=1.8)
-    )  # fmt: skip
+        FancyBboxPatch(
+            (x - w / 2, y - h / 2), w, h, boxstyle="round,pad=0.03", fc="white", ec=color, lw=1.8
+        )
+    )
     axis.text(x, y, text, ha="center", va="center", fontsize=9.5, color="black")
 
 
@@ -50,8 +51,8 @@ def main() -> None:
         box(axis, 7.75, y, 1.8, 0.62, f"soft assignment\n$z_{name}$ from M codebooks", color)
     arrow(axis, (5.95, 3.2), (7.3, 2.5), BLUE, "<|-|>")
     arrow(axis, (5.95, 2.5), (7.3, 3.2), ORANGE, "<|-|>")
-    box(axis, 9.75, 2.85, 1.2, 1.1, "cross-quantized\ncontrastive loss\n$x_a$ with $z_b$,\n$x_b$ with $z_a$",
-        GREY)  # fmt: skip
+    pairs = "$x_a$ with $z_b$,\n$x_b$ with $z_a$"
+    box(axis, 9.75, 2.85, 1.2, 1.1, f"cross-quantized\ncontrastive loss\n{pairs}", GREY)
     for y in (3.55, 2.15):
         arrow(axis, (8.7, y), (9.1, 2.85 + (0.25 if y > 3 else -0.25)))
     axis.plot([0.2, 10.3], [1.6, 1.6], color="#BBBBBB", lw=0.8)

@@ -17,9 +17,17 @@ ROW_BYTES = 3073
 
 # flags that make a run of a few seconds
 FAST = [
-    "--width=8", "--crop_size=16", "--batch_size=20", "--N_books=4", "--L_word=4", "--epochs=2",
-    "--device=cpu", "--lr=1e-3", "--log_every=1", "--Top_N=50",
-]  # fmt: skip
+    "--width=8",
+    "--crop_size=16",
+    "--batch_size=20",
+    "--N_books=4",
+    "--L_word=4",
+    "--epochs=2",
+    "--device=cpu",
+    "--lr=1e-3",
+    "--log_every=1",
+    "--Top_N=50",
+]
 
 
 def make(data_dir: Path, seed: int = 0) -> Path:

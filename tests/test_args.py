@@ -19,23 +19,35 @@ def refused(capsys, *argv):
 
 
 def test_released_command_and_defaults():
-    args = parse("--gpu_id=0", "--batch_size=256", "--N_books=8", "--N_words=16",
-                 "--eval_epoch=100")  # fmt: skip
+    args = parse(
+        "--gpu_id=0", "--batch_size=256", "--N_books=8", "--N_words=16", "--eval_epoch=100"
+    )
     assert vars(args) == vars(parse())
-    released = {"gpu_id": 0, "if_download": False, "batch_size": 256, "input_size": 32,
-                    "N_books": 8,
-                    "N_words": 16, "L_word": 16, "soft_quantization_scale": 5.0,
-                    "contrastive_temperature": 0.5, "num_cls": 10, "eval_epoch": 100, "Top_N": 1000,
-                    "lr": 3e-4, "weight_decay": 1e-5, "epochs": 2000, "width": 64}  # fmt: skip
+    released = {
+        "gpu_id": 0,
+        "if_download": False,
+        "batch_size": 256,
+        "input_size": 32,
+        "N_books": 8,
+        "N_words": 16,
+        "L_word": 16,
+        "soft_quantization_scale": 5.0,
+        "contrastive_temperature": 0.5,
+        "num_cls": 10,
+        "eval_epoch": 100,
+        "Top_N": 1000,
+        "lr": 3e-4,
+        "weight_decay": 1e-5,
+        "epochs": 2000,
+        "width": 64,
+    }
     for name, value in released.items():
         assert getattr(args, name) == value, name
 
 
 BOOLEANS = [
-    action.dest
-    for action in spq_parser()._actions
-    if type(action).__name__ == "BooleanFlag"
-]  # fmt: skip
+    action.dest for action in spq_parser()._actions if type(action).__name__ == "BooleanFlag"
+]
 
 
 def test_there_are_booleans():

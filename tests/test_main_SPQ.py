@@ -35,8 +35,11 @@ def start(data_dir, output_dir, *flags):
     command = [sys.executable, "tests/small_cifar.py", "--data_dir", str(data_dir)]
     return subprocess.Popen(
         [*command, *small_cifar.FAST, f"--output_dir={output_dir}", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def log_of(folder, kind):
@@ -71,9 +74,11 @@ def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
     assert [e["step"] for e in train] == list(range(1, STEPS + 1))
     assert set(train[0]) == {"kind", "epoch", "step", "loss", "lr", "images_per_s"}
     assert [(e["epoch"], e["step"], e["distance"]) for e in evals] == [
-        (1, STEPS // 2, "squared_l2"), (1, STEPS // 2, "l2"),
-        (2, STEPS, "squared_l2"), (2, STEPS, "l2"),
-    ]  # fmt: skip
+        (1, STEPS // 2, "squared_l2"),
+        (1, STEPS // 2, "l2"),
+        (2, STEPS, "squared_l2"),
+        (2, STEPS, "l2"),
+    ]
     assert evals[0]["code_bits"] == 16
     assert {"mAP@50", "mAP@50_all_relevant", "mAP@all", "queries"} <= set(evals[0])
     args = json.loads((finished / "args.json").read_text())
@@ -321,8 +326,12 @@ def test_a_full_disk_is_reported_and_training_goes_on(small_set, tmp_path, monke
 def test_the_script_itself_exits_with_2_and_one_line(flags):
     done = subprocess.run(
         [sys.executable, "main_SPQ.py", "--device=cpu", *flags, "--output_dir=/tmp/spq-never"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if "error:" in line]
     assert len(errors) == 1

@@ -37,7 +37,7 @@ def test_ranks_share_the_global_batch():
 
 
 def test_impossible_batches_are_named():
-    with pytest.raises(UserError, match="--batch_size=50: is larger than the training set; .* 40"):
+    with pytest.raises(UserError, match=r"--batch_size=50: is larger than the training set; .* 40"):
         DeviceBatches(numbered(40), 50, seed=0, ranks=Ranks())
     with pytest.raises(UserError, match="--batch_size=9: must be a multiple of the 2 processes"):
         DeviceBatches(numbered(40), 9, seed=0, ranks=Ranks(0, 2))

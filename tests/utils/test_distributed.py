@@ -44,8 +44,13 @@ def one_step(ranks, variant):
 
 
 def child(rank, folder, port, variant):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                   "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}  # fmt: skip
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+    }
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
     ranks.connect(torch.device("cpu"))
@@ -97,14 +102,26 @@ def test_global_batch_norm_evaluates_as_batch_norm():
 
 
 def torchrun(small_files, output_dir, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               f"--master_port={free_port()}", "tests/small_cifar.py",
-               "--data_dir", str(small_files)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+        "tests/small_cifar.py",
+        "--data_dir",
+        str(small_files),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *small_cifar.FAST, f"--output_dir={output_dir}", *flags],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
 
 
 def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_path):

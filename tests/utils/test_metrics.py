@@ -78,8 +78,13 @@ def naive_metrics(data, top_n, distance):
         precision10.append(sum(good[:10]) / 10)
         recall.append(hits / total if total else 0.0)
     mean = [sum(v) / len(v) for v in (found, relevant, whole, precision10, recall)]
-    names = [f"mAP@{top_n}", f"mAP@{top_n}_all_relevant", "mAP@all", "precision@10",
-             f"recall@{top_n}"]  # fmt: skip
+    names = [
+        f"mAP@{top_n}",
+        f"mAP@{top_n}_all_relevant",
+        "mAP@all",
+        "precision@10",
+        f"recall@{top_n}",
+    ]
     return dict(zip(names, mean, strict=True))
 
 
