@@ -144,7 +144,8 @@ class Trainer:
             TrainingStopped: if it was interrupted, or the loss was not finite.
         """
         self.log = RunLog(self.args.output_dir, self.step, active=self.ranks.is_main)
-        self.log.write_args(self.args, device=self.device, resumed_at_step=self.step)
+        if self.step < self.total_steps:  # a finished run keeps the account of how it was made
+            self.log.write_args(self.args, self.device, resumed_at_step=self.step)
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._fit()
@@ -277,6 +278,8 @@ class Trainer:
         if self.scaler.is_enabled() and checkpoint["scaler"]:
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.step, self.last_eval = checkpoint["step"], checkpoint["last_eval"]
+        if self.last_eval and f"mAP@{self.args.Top_N}" not in self.last_eval:
+            self.last_eval = None  # evaluated under another --Top_N: not this run's figure
         states = checkpoint["rng"]
         if len(states) == self.ranks.world_size:
             _set_random_state(states[self.ranks.rank], self.device)

@@ -85,8 +85,7 @@ def start_run(method: str, args: Namespace) -> Run:
         amp = "auto" if amp == "fp16" and device.type == "cpu" else amp
     amp = ranks.collect(choose_amp(amp, device))[0]
     args = Namespace(**{**vars(args), "amp": amp})
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True  # a seed repeats a run
     torch.manual_seed(args.seed)  # weights; the Trainer then gives each rank its own stream
     if ranks.is_main:
         print(" ".join(f"{name}={value}" for name, value in plain(args).items()))

