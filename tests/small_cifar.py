@@ -3,7 +3,7 @@
 The published hashes fit only the published files, so tests put the small set's own in their
 place; everything else is the real code. As a script it runs main_SPQ.py on a small set:
 
-    python tests/small_cifar.py --data_dir DIR [flags of main_SPQ.py]
+    python tests/small_cifar.py --data_dir DIR [--views=same] [flags of main_SPQ.py]
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROWS = 60  # images in each of the six files
 ROW_BYTES = 3073
@@ -52,6 +53,19 @@ def hashes(data_dir: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.bin")}
 
 
+class SameViews(torch.nn.Module):
+    """In place of the augmentation: a crop, the first time from the left, the next the right."""
+
+    def __init__(self, crop_size: int) -> None:
+        super().__init__()
+        self.size, self.calls = crop_size, 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        left = slice(0, self.size) if self.calls % 2 else slice(-self.size, None)
+        return images[:, :, : self.size, left].float() / 255.0
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import data.cifar10
@@ -61,4 +75,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[sys.argv.index("--data_dir") + 1])
     data.cifar10.BIN_SHA256 = hashes(place)
     data.cifar10.ROWS = ROWS
+    if "--views=same" in sys.argv:
+        sys.argv.remove("--views=same")
+        main_SPQ.SimCLRAugment = SameViews
     run_main(main_SPQ.main)

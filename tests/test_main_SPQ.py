@@ -15,9 +15,10 @@ import torch
 
 import main_SPQ
 from models import ProductQuantizer
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import LAST, load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.loop import Trainer, TrainingStopped
+from utils.schedule import lr_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2 * (5 * small_cifar.ROWS // 20)  # of the two epochs of FAST
@@ -165,11 +166,18 @@ def test_a_finished_run_is_not_run_again(finished, small_set, capsys):
 
 def test_eval_only_gives_the_logged_figures_and_touches_nothing(finished, small_set, tmp_path):
     before = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
-    run(small_set, tmp_path, "--eval_only", f"--resume={finished}")
+    # no flag of the model or the training: the checkpoint says them
+    flags = ["--eval_only", "--Top_N=50", "--device=cpu", f"--data_dir={small_set}"]
+    main_SPQ.main([*flags, f"--resume={finished}", f"--output_dir={tmp_path}", "--batch_size=7"])
     got = json.loads((tmp_path / "eval_only.json").read_text())
     want = log_of(finished, "eval")[-2:]
     assert [e["mAP@50"] for e in got] == [e["mAP@50"] for e in want]
-    assert {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()} == before
+    main_SPQ.main([*flags, "--resume=auto", f"--output_dir={finished}", "--batch_size=7"])
+    after = {p.name: p.read_bytes() for p in finished.iterdir() if p.is_file()}
+    assert after.items() >= before.items()
+    assert after.keys() - before.keys() == {"eval_only.json", "eval_only_retrieval.png"}
+    for name in after.keys() - before.keys():
+        (finished / name).unlink()
 
 
 def test_evaluation_restores_training_mode(small_set, tmp_path, monkeypatch):
@@ -243,9 +251,89 @@ def test_every_variant_runs(flags, small_set, tmp_path):
     assert evals[0]["distance"] == ("l2" if "--distance=l2" in flags else "squared_l2")
 
 
-def test_released_schedule_is_followed(small_set, tmp_path):
-    run(small_set, tmp_path, "--max_steps=3", "--lr_schedule=constant")
-    assert {e["lr"] for e in log_of(tmp_path, "train")} == {1e-3}
+@pytest.mark.parametrize(
+    ("schedule", "warmup"), [("cosine", 0.0), ("cosine", 0.5), ("constant", 0.2), ("released", 0.0)]
+)
+def test_the_learning_rate_follows_the_schedule(schedule, warmup, small_set, tmp_path):
+    flags = [f"--lr_schedule={schedule}", f"--warmup_epochs={warmup}", "--epochs=12"]
+    run(small_set, tmp_path, *flags, "--limit_train=20", "--limit_db=20", "--limit_query=5")
+    lr_at = lr_schedule(schedule, 1e-3, 12, 1, warmup)  # 20 images: one step an epoch
+    assert [e["lr"] for e in log_of(tmp_path, "train")] == [lr_at(step) for step in range(12)]
+
+
+def test_flags_reach_what_they_are_for(small_set, tmp_path, monkeypatch):
+    seen = {}
+    real_loss, real_soft = main_SPQ.LOSSES["cqc"], ProductQuantizer.soft
+
+    def loss(*views, tau):
+        seen.update(tau=tau, dtypes={v.dtype for v in views})
+        return real_loss(*views, tau=tau)
+
+    def soft(self, x, alpha):
+        seen.update(alpha=alpha, features=x.shape)
+        return real_soft(self, x, alpha)
+
+    def see(trainer):
+        seen.update(decay=trainer.optimizer.param_groups[0]["weight_decay"])
+        conv = trainer.model.trunk.stages[0].conv1
+
+        def hook(module, inputs, output):
+            seen.update(trunk=output.dtype)
+
+        conv.register_forward_hook(hook)
+        return fit(trainer)
+
+    fit = Trainer.fit
+    monkeypatch.setitem(main_SPQ.LOSSES, "cqc", loss)
+    monkeypatch.setattr(ProductQuantizer, "soft", soft)
+    monkeypatch.setattr(Trainer, "fit", see)
+    flags = ["--soft_quantization_scale=7", "--contrastive_temperature=0.3", "--weight_decay=0.02"]
+    run(small_set, tmp_path, *flags, "--amp=bf16", "--max_steps=1")
+    assert (seen["alpha"], seen["tau"], seen["decay"]) == (7, 0.3, 0.02)
+    assert seen["features"] == (20, 16)
+    assert seen["trunk"] == torch.bfloat16
+    assert seen["dtypes"] == {torch.float32}
+
+
+def test_weights_that_are_not_finite_are_not_saved(small_set, tmp_path):
+    with pytest.raises(TrainingStopped, match="weights after step 1 are not finite"):
+        run(small_set, tmp_path, "--lr=1e39", "--checkpoint_every=1", "--lr_schedule=constant")
+    state = load_checkpoint(tmp_path / LAST)
+    assert state["step"] == 0
+    assert all(torch.isfinite(w).all() for w in state["model"].values())
+    run(small_set, tmp_path, "--resume=auto", "--max_steps=2")  # as the message advises
+
+
+def test_another_top_n_or_distance_evaluates_again_and_draws(small_set, tmp_path, capsys):
+    run(small_set, tmp_path, "--max_steps=2")
+    run(small_set, tmp_path, "--max_steps=2", "--resume=auto", "--Top_N=20", "--distance=l2")
+    assert "mAP@20 = " in capsys.readouterr().out
+    evals = log_of(tmp_path, "eval")
+    assert [(e["distance"], "mAP@20" in e) for e in evals] == [
+        ("squared_l2", False),
+        ("l2", False),
+        ("l2", True),
+        ("squared_l2", True),
+    ]
+
+
+def test_an_evaluation_the_checkpoint_does_not_know_of_stands_once(finished, small_set, tmp_path):
+    run(small_set, tmp_path, "--max_steps=15", "--eval_epoch=1")
+    path = tmp_path / LAST
+    state = load_checkpoint(path)
+    del state["path"]
+    save_checkpoint(path, state | {"last_eval": None})  # as if killed before it was saved
+    run(small_set, tmp_path, "--resume=auto", "--eval_epoch=1")
+    assert [e["step"] for e in log_of(tmp_path, "eval")] == [15, 15, 30, 30]
+    assert_same_weights(finished, tmp_path)
+
+
+def test_args_of_every_part_of_a_run_are_kept(small_set, tmp_path):
+    run(small_set, tmp_path, "--max_steps=1")
+    run(small_set, tmp_path, "--max_steps=2", "--resume=auto", "--lr=5e-4")
+    found = json.loads((tmp_path / "args.json").read_text())
+    assert found["args"]["lr"] == 1e-3
+    assert [(part["step"], part["args"]["lr"]) for part in found["resumed"]] == [(1, 5e-4)]
 
 
 FAULTS = [
@@ -257,6 +345,8 @@ FAULTS = [
     (["--eval_only", "--resume=auto"], r"no checkpoint in --output_dir"),
     (["--output_dir=/proc/x"], r"--output_dir=/proc/x: cannot be made"),
     (["--amp=fp16"], r"--amp=fp16: needs a GPU"),
+    ([f"--resume={'x' * 300}"], r"--resume=x+: cannot be read"),
+    ([f"--data_dir={'x' * 300}"], r"--data_dir=x+: cannot be read"),
 ]
 
 
@@ -290,6 +380,15 @@ def test_what_is_no_checkpoint_is_refused(small_set, tmp_path):
         run(small_set, tmp_path / "out", f"--resume={tmp_path / 'x.pt'}")
 
 
+@pytest.mark.parametrize("broken", ["model", "optimizer", "rng", "last_eval", "args"])
+def test_a_checkpoint_with_damaged_parts_is_refused(broken, finished, small_set, tmp_path):
+    state = load_checkpoint(finished / LAST)
+    del state["path"]
+    save_checkpoint(tmp_path / "x.pt", state | {broken: {"wrong": 1}})
+    with pytest.raises(UserError, match=r"--resume=.*x\.pt"):
+        run(small_set, tmp_path / "out", f"--resume={tmp_path / 'x.pt'}")
+
+
 def test_another_order_of_images_is_refused_on_resume(finished, small_set, tmp_path):
     with pytest.raises(UserError, match=r"--batch_size=10 --seed=5: .*--batch_size=20 --seed=0"):
         run(small_set, tmp_path, "--batch_size=10", "--seed=5", f"--resume={finished}")
@@ -305,6 +404,15 @@ def test_a_run_in_the_way_is_not_lost(finished, small_set, tmp_path):
     assert [e["step"] for e in log_of(tmp_path, "train")] == [1, 2]
 
 
+def test_a_run_that_cannot_save_does_not_begin(small_set, tmp_path, monkeypatch):
+    def full(path, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.loop.save_checkpoint", full)
+    with pytest.raises(UserError, match=r"--output_dir=.*nothing was trained"):
+        run(small_set, tmp_path)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_reported_and_training_goes_on(small_set, tmp_path, monkeypatch, capsys):
     run(small_set, tmp_path, "--max_steps=1")
@@ -314,7 +422,8 @@ def test_a_full_disk_is_reported_and_training_goes_on(small_set, tmp_path, monke
         assert self.name == LAST + ".tmp"
 
     monkeypatch.setattr(Path, "unlink", keep)
-    run(small_set, tmp_path, "--max_steps=3", "--resume=auto", "--checkpoint_every=1")
+    with pytest.raises(TrainingStopped, match="checkpoint of step 3 could not be written"):
+        run(small_set, tmp_path, "--max_steps=3", "--resume=auto", "--checkpoint_every=1")
     assert "WARNING: checkpoint not written at step 2" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / LAST)["step"] == 1
     assert [e["step"] for e in log_of(tmp_path, "train")] == [1, 2, 3]

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code from the file."""
 
 import os
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -52,13 +53,24 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint onto the CPU, with weights_only=True: a file cannot run code.
 
+    Returns:
+        What `save_checkpoint` was given, and "path".
     Raises:
         UserError: if there is no such file, or it is no checkpoint of this project.
     """
-    if not path.is_file():
-        raise UserError(f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}")
     try:
+        if not path.is_file():
+            raise UserError(
+                f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}"
+            )
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load does not look at the check sums
+                raise zipfile.BadZipFile("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be read: {error}") from error
+    except UserError:
+        raise
     except Exception as error:  # torch raises whatever its reader trips over
         raise UserError(
             f"{flag}={path}: is not a checkpoint, or a damaged one ({type(error).__name__}); "
@@ -73,23 +85,32 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
         raise UserError(
             f"{flag}={path}: has checkpoint version {state['version']}; this code reads {VERSION}"
         )
-    return state
+    if not isinstance(state["args"], dict) or not isinstance(state["step"], int):
+        raise UserError(f"{flag}={path}: is a damaged checkpoint: no arguments or no step in it")
+    return state | {"path": str(path)}
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `--resume` means.
 
     Args:
-        resume: a file, a folder that holds `checkpoint_last.pt`, or "auto": the newest checkpoint
-            in `output_dir`.
+        resume: a file, a folder that holds `checkpoint_last.pt`, or "auto": the
+            `checkpoint_last.pt` in `output_dir`, or else the newest other `.pt` file there.
     Returns:
         Its path; None if "auto" finds none, which means a fresh start.
+    Raises:
+        UserError: if the path cannot be looked at.
     """
-    if resume != "auto":
-        path = Path(resume)
-        return path / LAST if path.is_dir() else path
-    found = list(output_dir.glob("*.pt")) if output_dir.is_dir() else []
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    try:
+        if resume != "auto":
+            path = Path(resume)
+            return path / LAST if path.is_dir() else path
+        if (output_dir / LAST).exists():
+            return output_dir / LAST
+        found = list(output_dir.glob("*.pt")) if output_dir.is_dir() else []
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    except OSError as error:
+        raise UserError(f"--resume={resume}: cannot be read: {error}") from error
 
 
 def check_same(saved: dict, args: Namespace, names: list[str], why: str, path: Path) -> None:

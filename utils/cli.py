@@ -11,7 +11,8 @@ from utils.loop import TrainingStopped
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run `main`; exit with 2 on bad input, 1 on a stopped training, 128 + n on a signal."""
+    """Run `main` and exit: 2 on bad input or a full disk, 1 on a stopped training, 128 + n on a
+    signal."""
     is_main = Ranks.from_environment().is_main
     code = 0
     try:
@@ -27,7 +28,20 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         code = 130
         print("Interrupted.", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
+    except OSError as error:  # a full disk, a folder that vanished
+        code = 2
+        print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
         code = 1
         print(f"Out of memory: lower --batch_size or --width. ({error})", file=sys.stderr)
+    finally:
+        Ranks.disconnect()
     sys.exit(code)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch's CPU allocator has no exception class of its own."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)

@@ -35,6 +35,10 @@ def choose_device(args: Namespace, ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     index = ranks.local_rank if ranks.world_size > 1 else args.gpu_id
     if index >= count:
+        if ranks.world_size > 1:
+            raise UserError(
+                f"--nproc_per_node: this machine has {count} GPUs; allowed: 1 to {count}"
+            )
         raise UserError(
             f"--gpu_id={index}: this machine has {count} GPUs; allowed: 0 to {count - 1}"
         )

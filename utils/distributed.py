@@ -1,5 +1,6 @@
 """Several processes as one: ranks, gathering with gradients, batch norm over the global batch."""
 
+import inspect
 import os
 from dataclasses import dataclass
 
@@ -42,7 +43,10 @@ class Ranks:
         on_gpu = next(model.parameters()).device.type == "cuda"
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else _globalise(model)
         # the statistics are equal on all ranks already: no need to broadcast them each forward
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters
+        new = "forward_sync_buffers"  # the name in newer releases of torch
+        flag = new if new in known else "broadcast_buffers"
+        return DistributedDataParallel(model, **{flag: False})
 
     def gather(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Each (B, ...) -> (world_size * B, ...), in order of rank, with gradients.
@@ -75,7 +79,8 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def disconnect(self) -> None:
+    @staticmethod
+    def disconnect() -> None:
         """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -46,6 +46,9 @@ class RetrievalEvaluation:
         size: side that images are encoded at, pixels.
         top_n: the N of mAP@N.
         headline: the distance whose figures lead.
+
+    Attributes:
+        encoded: the query descriptors and database codes of the last evaluation; None before.
     """
 
     def __init__(
@@ -59,9 +62,10 @@ class RetrievalEvaluation:
         self.query, self.db = query, db
         self.size, self.top_n = size, top_n
         self.distances = sorted(DISTANCES, key=lambda distance: distance != headline)
+        self.encoded: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, model: nn.Module) -> list[dict]:
-        """Metrics under each distance, the headline first. Leaves the model's mode as it was."""
+    def encode(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Query descriptors (Q, D) and database codes (N, M). Leaves the model's mode as it was."""
         was_training = model.training
         model.eval()
         try:
@@ -69,14 +73,20 @@ class RetrievalEvaluation:
             db_codes = encode_images(model, self.db[0], self.size)
         finally:
             model.train(was_training)
+        self.encoded = (query, db_codes)
+        return self.encoded
+
+    def __call__(self, model: nn.Module) -> list[dict]:
+        """Metrics under each distance, the headline first. Leaves the model's mode as it was."""
+        query, db_codes = self.encode(model)
         codebooks = model.quantizer.codebooks.detach().float()
         return [
             {"code_bits": model.quantizer.code_bits}
             | evaluate_retrieval(
                 query,
-                self.query[1].to(query.device),
+                self.query[1],
                 db_codes,
-                self.db[1].to(query.device),
+                self.db[1],
                 codebooks,
                 distance,
                 self.top_n,

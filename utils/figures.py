@@ -12,25 +12,28 @@ from torch import Tensor
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 
 
-def learning_curve(entries: list[dict], path: Path, title: str = "") -> None:
+def learning_curve(
+    entries: list[dict], path: Path, name: str, distance: str, title: str = ""
+) -> None:
     """Loss over steps, and mAP where it was evaluated.
 
     Args:
         entries: lines of metrics.jsonl.
         path: where the PNG goes.
+        name: the metric to draw, "mAP@1000"; evaluations that lack it are left out.
+        distance: of those evaluations.
         title: above the picture.
     """
     train = [e for e in entries if e["kind"] == "train"]
-    evals = [e for e in entries if e["kind"] == "eval" and e["headline"]]
+    evals = [e for e in entries if e["kind"] == "eval" and e["distance"] == distance and name in e]
     figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
     axis.plot([e["step"] for e in train], [e["loss"] for e in train], color=GREY, lw=1)
     axis.set_xlabel("optimisation step")
     axis.set_ylabel("training loss (nats)", color=GREY)
     if evals:
-        name = next(key for key in evals[0] if key.startswith("mAP@"))
         right = axis.twinx()
         right.plot([e["step"] for e in evals], [e[name] for e in evals], "o-", color=BLUE)
-        right.set_ylabel(f"{name} ({evals[0]['distance']})", color=BLUE)
+        right.set_ylabel(f"{name} ({distance})", color=BLUE)
         right.annotate(
             f"{evals[-1][name]:.3f}",
             (evals[-1]["step"], evals[-1][name]),

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from argparse import Namespace
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from utils.device import describe_hardware
+from utils.errors import UserError
 
 METRICS = "metrics.jsonl"
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,9 +53,12 @@ def read_metrics(output_dir: Path) -> list[dict]:
     entries = []
     for line in path.read_text().splitlines():
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             break  # the writer was killed in this line
+        if not isinstance(entry, dict) or not {"kind", "step"} <= entry.keys():
+            break
+        entries.append(entry)
     return entries
 
 
@@ -62,29 +67,41 @@ class RunLog:
 
     Args:
         output_dir: made if missing.
-        step: the step that the run goes on from. Lines of later steps, which a killed run wrote
-            after its last checkpoint, are dropped, so that every step stands once.
+        step: the step that the run goes on from; 0 begins a new log. Lines of later steps, which
+            a killed run wrote after its last checkpoint, are dropped, so that each stands once.
+        evaluated: the last step whose evaluation the checkpoint knows of; lines of later
+            evaluations are dropped likewise.
         active: False for all ranks but the main one.
+    Raises:
+        UserError: if the log cannot be written.
     """
 
-    def __init__(self, output_dir: Path, step: int, active: bool = True) -> None:
+    def __init__(self, output_dir: Path, step: int, evaluated: int, active: bool = True) -> None:
         self.output_dir, self.active = output_dir, active
         if not active:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir / METRICS
-        kept = [entry for entry in read_metrics(output_dir) if step and entry["step"] <= step]
-        temporary = path.with_name(METRICS + ".tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
         # imported here: it takes a second, and --help and wrong flags should not wait for it
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1)
+        path, board = output_dir / METRICS, output_dir / "tensorboard"
+        last = {"train": step, "eval": evaluated}
+        known = read_metrics(output_dir) if step else []
+        kept = [entry for entry in known if entry["step"] <= last.get(entry["kind"], step)]
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(METRICS + ".tmp")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            os.replace(temporary, path)
+            self._file = path.open("a")
+            if step == 0:
+                shutil.rmtree(board, ignore_errors=True)  # of a run that --overwrite gave up
+            self._board = SummaryWriter(str(board), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(f"--output_dir={output_dir}: cannot write the log: {error}") from error
 
-    def write_args(self, args: Namespace, device: torch.device, **more: object) -> None:
-        """Arguments, commit, versions and hardware, and whatever else is given."""
+    def write_args(self, args: Namespace, device: torch.device, step: int) -> None:
+        """Arguments, commit, versions and hardware; those of a resumed run come after the
+        first's, under "resumed", with the step they begin at."""
         if not self.active:
             return
         found = {
@@ -93,9 +110,15 @@ class RunLog:
             "versions": versions(),
             "hardware": describe_hardware(device),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            **more,
         }
-        (self.output_dir / "args.json").write_text(json.dumps(found, indent=2) + "\n")
+        path = self.output_dir / "args.json"
+        if step and path.is_file():
+            try:
+                first = json.loads(path.read_text())
+                found = first | {"resumed": [*first.get("resumed", []), {"step": step, **found}]}
+            except (ValueError, TypeError, AttributeError):
+                pass  # cut off by a kill: this part's account is all there is
+        path.write_text(json.dumps(found, indent=2) + "\n")
 
     def write(self, entry: dict) -> None:
         """One JSON object as one line of metrics.jsonl, its numbers to TensorBoard too."""
@@ -105,7 +128,7 @@ class RunLog:
         self._file.flush()
         kind = entry["kind"] + ("/" + entry["distance"] if "distance" in entry else "")
         for name, value in entry.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and name != "epoch":
                 self._board.add_scalar(f"{kind}/{name}", value, entry["step"])
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,16 @@ from data.batches import DeviceBatches
 from utils.checkpoint import LAST, check_same, save_checkpoint
 from utils.device import AMP_DTYPES
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.logging import RunLog, plain
 from utils.schedule import lr_schedule
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, beside --checkpoint_every
+LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has overflowed
 # a resumed run draws the same images in the same order only if these are as they were
 FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer"]
+# what an evaluation's figures depend on, beside the weights
+EVALUATION_FLAGS = ["Top_N", "distance", "limit_db", "limit_query", "input_size"]
 
 
 class TrainingStopped(Exception):
@@ -82,10 +87,12 @@ class Trainer:
         self.total_steps = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
         self.step = 0
         self.last_eval: dict | None = None  # headline metrics, with the step they belong to
+        self.evaluated = 0  # step of the last evaluation in the log
         torch.manual_seed(args.seed + ranks.rank)  # of the augmentation, another on each rank
         if checkpoint is not None:
             self._restore(checkpoint)
         self.log: RunLog | None = None  # opened by `fit`: an evaluation alone leaves it untouched
+        self.saved = True  # whether the last checkpoint could be written
         self.wrapped = ranks.wrap(model)
         self._signal = 0
 
@@ -113,17 +120,32 @@ class Trainer:
         value, norm = self._loss_and_norm(loss)
         if not math.isfinite(value) or not math.isfinite(norm):
             what = "loss" if not math.isfinite(value) else "gradient"
-            raise TrainingStopped(
+            self._diverged(
                 f"The {what} at step {self.step} is not finite (loss {value}, gradient norm "
-                f"{norm}, lr {self.lr_at(self.step):.3g}); the step was not taken. The last good "
-                f"checkpoint is {self.path}. Lower --lr, add --warmup_epochs, or try "
-                "--amp=off, and go on with --resume=auto.",
-                exit_code=1,
+                f"{norm}, lr {self.lr_at(self.step):.3g}); the step was not taken"
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LOWEST_SCALE:
+            self._diverged(f"All fp16 gradients up to step {self.step} overflow")
         self.step += 1
         return value
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise TrainingStopped(
+            f"{what}. The last good checkpoint is {self.path}. Lower --lr, add --warmup_epochs, or "
+            "try --amp=off, and go on with --resume=auto.",
+            exit_code=1,
+        )
+
+    def _check_weights(self) -> None:
+        """Weights that are not finite are neither saved nor evaluated."""
+        good = [torch.isfinite(value).all() for value in self.model.state_dict().values()]
+        if not torch.stack(good).all():  # a CPU-GPU sync point
+            self._diverged(
+                f"The weights after step {self.step} are not finite (lr "
+                f"{self.lr_at(max(0, self.step - 1)):.3g}); they were not saved"
+            )
 
     def _loss_and_norm(self, loss: Tensor) -> tuple[float, float]:
         """Loss and gradient norm, in one transfer (a CPU-GPU sync point)."""
@@ -143,9 +165,9 @@ class Trainer:
         Raises:
             TrainingStopped: if it was interrupted, or the loss was not finite.
         """
-        self.log = RunLog(self.args.output_dir, self.step, active=self.ranks.is_main)
+        self.log = RunLog(self.args.output_dir, self.step, self.evaluated, self.ranks.is_main)
         if self.step < self.total_steps:  # a finished run keeps the account of how it was made
-            self.log.write_args(self.args, self.device, resumed_at_step=self.step)
+            self.log.write_args(self.args, self.device, self.step)
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._fit()
@@ -156,8 +178,11 @@ class Trainer:
 
     def _fit(self) -> list[dict]:
         epoch_steps = len(self.batches)
-        if self.step == 0:
-            self.save()  # says at once if the disk will not take it
+        if self.step == 0 and not self.save():  # before any work is done
+            raise UserError(
+                f"--output_dir={self.args.output_dir}: no checkpoint can be written there, so "
+                "nothing was trained; make room, or choose another folder"
+            )
         metrics: list[dict] = []
         if self._evaluation_due():  # killed after the checkpoint and before its evaluation
             metrics = self.evaluate()
@@ -181,7 +206,7 @@ class Trainer:
                     self.log.write(
                         {
                             "kind": "train",
-                            "epoch": epoch,
+                            "epoch": self.step / epoch_steps,
                             "step": self.step,
                             "loss": loss,
                             "lr": lr,
@@ -206,7 +231,13 @@ class Trainer:
         if self.last_eval is None or self.last_eval["step"] != self.step:
             self.save()
             metrics = self.evaluate()
-            self.save()
+        if not self.saved:
+            raise TrainingStopped(
+                f"Training and evaluation are done, but the checkpoint of step {self.step} could "
+                f"not be written; make room in {self.args.output_dir} and give the same command "
+                "with --resume=auto (without --overwrite)",
+                exit_code=1,
+            )
         return metrics or [self.last_eval]
 
     def _evaluation_due(self) -> bool:
@@ -217,12 +248,14 @@ class Trainer:
     def _show(self, bar: tqdm, epoch: int, loss: float, lr: float, speed: float) -> None:
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.2e}", "img/s": f"{speed:.0f}"}
         if self.last_eval is not None:
-            shown["mAP"] = f"{self.last_eval[f'mAP@{self.args.Top_N}']:.4f}"
+            name = f"mAP@{self.args.Top_N}"
+            shown[name] = f"{self.last_eval[name]:.4f}"
         bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
         bar.set_postfix(shown, refresh=False)
 
     def evaluate(self) -> list[dict]:
-        """Evaluate on the main rank, log, and remember the headline."""
+        """Evaluate on the main rank, log, and remember the headline, in the checkpoint too."""
+        self._check_weights()
         metrics: list[dict] = []
         if self.ranks.is_main:
             with self.autocast():
@@ -237,13 +270,24 @@ class Trainer:
             self.last_eval = {k: v for k, v in metrics[0].items() if not isinstance(v, dict)}
             tqdm.write(_summary(metrics, self.args.Top_N))
         self.last_eval = self.ranks.collect(self.last_eval)[0]
+        self.evaluated = self.step
+        if self.log is not None:
+            self.save()  # a kill after this does not evaluate again
         return metrics
 
     # --- state ------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write checkpoint_last.pt; a full disk is reported and training goes on."""
+    def save(self) -> bool:
+        """Write checkpoint_last.pt; a full disk is reported and training goes on.
+
+        Returns:
+            Whether it was written; `self.saved` keeps it.
+        Raises:
+            TrainingStopped: if weights are not finite; the file stays as it was.
+        """
+        self._check_weights()
         rng = self.ranks.collect(_random_state(self.device))
+        problem = None
         if self.ranks.is_main:
             state = {
                 "method": self.method,
@@ -258,29 +302,39 @@ class Trainer:
             try:
                 save_checkpoint(self.path, state)
             except OSError as error:
+                problem = str(error)
+                stays = ". The one before it stays." if self.path.exists() else "."
                 tqdm.write(
-                    f"WARNING: checkpoint not written at step {self.step}: {error}. "
-                    "The one before it stays.",
+                    f"WARNING: checkpoint not written at step {self.step}: {problem}{stays}",
                     file=sys.stderr,
                 )
-        self.ranks.barrier()
+        self.saved = self.ranks.collect(problem)[0] is None
+        return self.saved
 
     def _restore(self, checkpoint: dict) -> None:
-        check_same(
-            checkpoint["args"],
-            self.args,
-            FIXED_ON_RESUME,
-            "they fix the order of the images and the state of the optimizer",
-            self.path,
-        )
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if self.scaler.is_enabled() and checkpoint["scaler"]:
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.step, self.last_eval = checkpoint["step"], checkpoint["last_eval"]
-        if self.last_eval and f"mAP@{self.args.Top_N}" not in self.last_eval:
-            self.last_eval = None  # evaluated under another --Top_N: not this run's figure
-        states = checkpoint["rng"]
+        args, saved, path = self.args, checkpoint["args"], Path(checkpoint["path"])
+        if not args.eval_only:
+            why = "they fix the order of the images and the state of the optimizer"
+            check_same(saved, args, FIXED_ON_RESUME, why, path)
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.step, self.last_eval = checkpoint["step"], checkpoint["last_eval"]
+            self.evaluated = self.last_eval["step"] if self.last_eval else 0
+            if args.eval_only:
+                return
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.scaler.is_enabled() and checkpoint["scaler"]:
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            self._restore_random_state(checkpoint["rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--resume={path}: is damaged, or of a model of another shape ({detail})"
+            ) from error
+        if any(saved.get(name) != getattr(args, name) for name in EVALUATION_FLAGS):
+            self.last_eval = None  # evaluated under other flags: not this run's figure
+
+    def _restore_random_state(self, states: list[dict[str, Tensor]]) -> None:
         if len(states) == self.ranks.world_size:
             _set_random_state(states[self.ranks.rank], self.device)
         elif self.ranks.is_main:
@@ -295,10 +349,11 @@ class Trainer:
         self._signal = number
 
     def _stop(self, number: int) -> None:
-        self.save()
+        outcome = f"saved {self.path}" if self.save() else f"NOT saved, see above: {self.path}"
         raise TrainingStopped(
-            f"Interrupted after step {self.step} of {self.total_steps}; saved {self.path}. To go "
-            f"on, give the same command with --resume=auto --output_dir={self.args.output_dir}",
+            f"Interrupted after step {self.step} of {self.total_steps}; {outcome}. To go on, give "
+            f"the same command with --resume=auto --output_dir={self.args.output_dir} (and without "
+            "--overwrite)",
             exit_code=128 + number,
         )
 

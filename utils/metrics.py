@@ -18,7 +18,7 @@ from torch import Tensor
 
 from utils.retrieval import ranked
 
-PRECISION_CUTOFFS = (1, 10, 100, 1000)
+PRECISION_CUTOFFS = (1, 10, 100, 1000)  # and n itself
 CURVE_POINTS = 50
 
 
@@ -93,7 +93,8 @@ def evaluate_retrieval(
         whole_ranking: also rank everything: mAP@all and a curve down to the last rank.
     Returns:
         `mAP@n` (normaliser: found), `mAP@n_all_relevant` (normaliser: all relevant), `mAP@all`,
-        `precision@1`, ..., `recall@n`, `pr_curve` (mean recall and precision over queries at
+        `precision@1`, ..., `precision@n` (hits in the top i / i, for those i that the database
+        has items for), `recall@n`, `pr_curve` (mean recall and precision over queries at
         ranks spaced evenly in the logarithm), `queries`, `queries_without_relevant`. Queries
         without a relevant item count as 0 in every mean, as in the released protocol.
     Raises:
@@ -110,7 +111,7 @@ def evaluate_retrieval(
         raise ValueError(f"top_n must be at least 1, got {top_n}")
     depth = N if whole_ranking else min(top_n, N)
     relevant_of = _Relevance(query_labels.cpu(), db_labels.cpu())
-    cutoffs = [n for n in PRECISION_CUTOFFS if n <= top_n]
+    cutoffs = sorted({n for n in (*PRECISION_CUTOFFS, top_n) if n <= min(top_n, N)})
     curve = curve_cutoffs(depth)
     # a row a query: AP found, AP relevant, AP all, all relevant, hits in the top n, at each
     # cutoff, and at each rank of the curve
@@ -164,12 +165,15 @@ def evaluate_retrieval(
 
 
 class _Relevance:
-    """The relevant items of a query, (N,) bool, and their number; once for each class."""
+    """The relevant items of a query, (N,) bool, and their number; found once for each class."""
 
     def __init__(self, query_labels: Tensor, db_labels: Tensor) -> None:
-        self.query_labels, self.db_labels = query_labels, db_labels
+        single = query_labels.dim() == 1
+        # multi-label sets are compared by a matrix product: converted once, not at every query
+        self.query_labels = query_labels if single else query_labels.float()
+        self.db_labels = db_labels if single else db_labels.float()
         self.of_class: dict[int, tuple[np.ndarray, int]] = {}
-        if query_labels.dim() == 1:
+        if single:
             for c in query_labels.unique().tolist():
                 self.of_class[c] = self._find(torch.tensor([c]))
 

@@ -1,35 +1,30 @@
 """The end of a run: where things are, and two pictures."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from data.cifar10 import CLASSES
 from utils.checkpoint import LAST
-from utils.evaluation import describe_images, encode_images
 from utils.figures import learning_curve, retrieval_grid
 from utils.logging import METRICS, read_metrics
+from utils.loop import Trainer
 from utils.retrieval import search
 from utils.setup import Run
 
 ROWS, COLUMNS = 10, 10
 
 
-def report(
-    run: Run,
-    model: nn.Module,
-    metrics: list[dict],
-    query: tuple[Tensor, Tensor],
-    db: tuple[Tensor, Tensor],
-) -> None:
+def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequence[str]) -> None:
     """Draw learning curve and retrieval grid into the run's folder, and say what is where.
+
+    An evaluation alone writes `eval_only.json` and `eval_only_retrieval.png` instead, so that it
+    never touches the files of a run.
 
     Args:
         run: the run that ended.
-        model: trained.
-        metrics: of the last epoch, the headline first.
-        query, db: images (N, 3, H, W) uint8 and labels.
+        trainer: what ran.
+        metrics: of the last evaluation, the headline first.
+        class_names: by class number.
     """
     if not run.ranks.is_main:
         return
@@ -38,20 +33,24 @@ def report(
     name = f"mAP@{args.Top_N}"
     title = f"{run.method}, {head['code_bits']:g} bits, {name} {head[name]:.3f}"
     if args.eval_only:
-        path = folder / "eval_only.json"
+        path, grid = folder / "eval_only.json", folder / "eval_only_retrieval.png"
         path.write_text(json.dumps(metrics, indent=2) + "\n")
         places = [("result", path)]
     else:
-        learning_curve(read_metrics(folder), folder / "learning_curve.png", title)
+        curve, grid = folder / "learning_curve.png", folder / "retrieval.png"
+        learning_curve(read_metrics(folder), curve, name, head["distance"], title)
         places = [
             ("checkpoint", folder / LAST),
             ("log", folder / METRICS),
-            ("learning curve", folder / "learning_curve.png"),
+            ("learning curve", curve),
         ]
-    _draw_retrieval(run, model, query, db, title)
-    places.append(("retrieved images", folder / "retrieval.png"))
+    if trainer.evaluate_model.encoded or not grid.exists():
+        _draw_retrieval(trainer, grid, class_names, title)
+    places.append(("retrieved images", grid))
+    full = trainer.step == args.epochs * len(trainer.batches)
+    when = "of the last epoch" if full else f"at step {trainer.step}, epoch {head['epoch']:.3g}"
     print(
-        f"\nResult of the last epoch: {name} = {head[name]:.4f} at {head['code_bits']:g} bits "
+        f"\nResult {when}: {name} = {head[name]:.4f} at {head['code_bits']:g} bits "
         f"({head['distance']}, AP over the relevant images found in the top {args.Top_N}, "
         f"{head['queries']} queries)"
     )
@@ -59,27 +58,24 @@ def report(
         print(f"  {what + ':':18} {path}")
 
 
-def _draw_retrieval(
-    run: Run, model: nn.Module, query: tuple[Tensor, Tensor], db: tuple[Tensor, Tensor], title: str
-) -> None:
+def _draw_retrieval(trainer: Trainer, path: Path, class_names: Sequence[str], title: str) -> None:
     """The first query of each class and what it finds."""
-    size, was_training = run.args.input_size, model.training
-    labels = query[1]
+    evaluation = trainer.evaluate_model
+    if evaluation.encoded is None:
+        with trainer.autocast():
+            evaluation.encode(trainer.model)
+    x, codes = evaluation.encoded
+    (images, labels), (db_images, db_labels) = evaluation.query, evaluation.db
     rows = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()][:ROWS]
-    model.eval()
-    x = describe_images(model, query[0][rows], size)
-    codes = encode_images(model, db[0], size)
-    model.train(was_training)
-    codebooks = model.quantizer.codebooks.detach().float()
-    _, index = search(x, codes, codebooks, COLUMNS, run.args.distance)
+    codebooks = trainer.model.quantizer.codebooks.detach().float()
+    _, index = search(x[rows], codes, codebooks, COLUMNS, evaluation.distances[0])
     index = index.cpu()
-    with torch.no_grad():
-        retrieval_grid(
-            query[0][rows].cpu(),
-            labels[rows].tolist(),
-            db[0].cpu()[index],
-            db[1].cpu()[index].tolist(),
-            CLASSES,
-            run.args.output_dir / "retrieval.png",
-            title,
-        )
+    retrieval_grid(
+        images[rows].cpu(),
+        labels[rows].tolist(),
+        db_images.cpu()[index],
+        db_labels.cpu()[index].tolist(),
+        class_names,
+        path,
+        title,
+    )

@@ -40,9 +40,16 @@ def lookup_tables(query: Tensor, codebooks: Tensor, distance: str = "squared_l2"
     M, _, d = codebooks.shape
     if query.dim() != 2 or query.shape[1] != M * d:
         raise ValueError(f"queries must be (Q, {M * d}); got {tuple(query.shape)}")
-    query = query.float().reshape(-1, M, 1, d)
-    # differences, not ||q||^2 - 2 <q, c> + ||c||^2: no cancellation when q is close to c
-    lut = (query - codebooks.float()).square().sum(-1)  # (Q, M, K)
+    slices = query.float().reshape(-1, M, d).unbind(dim=1)
+    # differences, not ||q||^2 - 2 <q, c> + ||c||^2: no cancellation when q is close to c; one
+    # codebook at a time, so that (Q, K, d) is all that they take
+    lut = torch.stack(
+        [
+            (part[:, None] - words).square().sum(-1)
+            for part, words in zip(slices, codebooks.float(), strict=True)
+        ],
+        dim=1,
+    )  # (Q, M, K)
     return lut.sqrt() if distance == "l2" else lut
 
 
@@ -63,7 +70,7 @@ def adc_distances(
     Returns:
         (Q, N) float32, smaller is closer.
     Raises:
-        ValueError: as `lookup_tables`; or if codes are not (N, M) in [0, K).
+        ValueError: as `lookup_tables`; or if codes are not integers (N, M) in [0, K).
     """
     M, K, _ = codebooks.shape
     columns, groups = _merge_codes(db_codes, M, K)
@@ -90,7 +97,7 @@ def search(
         dist (Q, min(k, N)) float32 ascending and index (Q, min(k, N)) int64. Items of equal
         distance come in order of their index.
     Raises:
-        ValueError: if shapes or codes do not fit, k < 1, or a query is not finite.
+        ValueError: if shapes or codes do not fit, k < 1, or a query or codeword is not finite.
     """
     N = len(db_codes)
     dist = torch.empty(len(query), max(0, min(k, N)), device=query.device)
@@ -136,6 +143,10 @@ def _merge_codes(db_codes: Tensor, M: int, K: int) -> tuple[list[Tensor], list[r
     """Codes (N, M) -> for each group of codebooks its joint code (N,) int32, and the groups."""
     if db_codes.dim() != 2 or db_codes.shape[1] != M:
         raise ValueError(f"codes must be (N, {M}); got {tuple(db_codes.shape)}")
+    if db_codes.is_floating_point() or db_codes.dtype == torch.bool:
+        raise ValueError(f"codes must be integers; got {db_codes.dtype}")
+    if db_codes.dtype == torch.uint16:  # torch compares few types of unsigned integers
+        db_codes = db_codes.to(torch.int32)
     if not 0 < len(db_codes) <= _INDEX_MASK:
         raise ValueError(f"a database holds 1 to {_INDEX_MASK} items; got {len(db_codes)}")
     if not (int(db_codes.min()) >= 0 and int(db_codes.max()) < K):
@@ -181,9 +192,12 @@ def _ranked_keys(
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    query, codebooks = query.detach(), codebooks.detach()
     if not torch.isfinite(query).all():
         raise ValueError("queries must be finite")
-    M, K, _ = codebooks.shape
+    if not torch.isfinite(codebooks).all():
+        raise ValueError("codebooks must be finite")
+    M, K, d = codebooks.shape
     columns, groups = _merge_codes(db_codes, M, K)
     N = len(db_codes)
     k = min(k, N)
@@ -191,7 +205,7 @@ def _ranked_keys(
     on_cpu = query.device.type == "cpu"
     # On the CPU a query's distances live in its thread's buffers; on a GPU those of all the rows
     # stand beside their keys.
-    row_bytes = 8 * words + 16 * k + (0 if on_cpu else 28 * min(N, DB_CHUNK))
+    row_bytes = 8 * words + 8 * K * (M + d) + 16 * k + (0 if on_cpu else 28 * min(N, DB_CHUNK))
     step = max(1, min(256, CHUNK_BYTES // row_bytes))
     smallest = _SmallestNumpy() if on_cpu else _smallest_torch
     for start in range(0, len(query), step):

@@ -17,6 +17,8 @@ from utils.logging import plain
 
 # flags that give a model its shape: a checkpoint fits only if they are equal
 SHAPE_FLAGS = ["arch", "width", "N_books", "N_words", "L_word", "quantizer"]
+# flags that an evaluation takes from the checkpoint unless they are given
+MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs"]
 # flags that may differ on a resume without a word
 FREE_FLAGS = {
     "resume",
@@ -78,10 +80,26 @@ def start_run(method: str, args: Namespace) -> Run:
     ranks = Ranks.from_environment()
     device = choose_device(args, ranks)
     ranks.connect(device)
+    compilers = [os.environ.get("CXX", "g++"), "clang++"]
+    if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "--compile=True: needs a C++ compiler to train on the CPU; install g++, or leave "
+            "--compile away"
+        )
     checkpoint = _find_run(method, args, ranks)
+    given = args.given
+    args = Namespace(**{k: v for k, v in vars(args).items() if k != "given"})
+    if args.eval_only:  # what was not said is as the model was trained
+        saved = checkpoint["args"]
+        missing = [name for name in MODEL_FLAGS if name not in given and name in saved]
+        args = Namespace(**{**vars(args), **{name: saved[name] for name in missing}})
+    if checkpoint is not None:
+        why = "a model of another shape does not fit"
+        check_same(checkpoint["args"], args, SHAPE_FLAGS, why, Path(checkpoint["path"]))
+        _say_what_changed(args, checkpoint, ranks)
     amp = args.amp
     if amp == "auto" and checkpoint is not None:
-        amp = checkpoint["args"]["amp"]  # as the run began, so that it ends the same
+        amp = checkpoint["args"].get("amp", "auto")  # as the run began, so that it ends the same
         amp = "auto" if amp == "fp16" and device.type == "cpu" else amp
     amp = ranks.collect(choose_amp(amp, device))[0]
     args = Namespace(**{**vars(args), "amp": amp})
@@ -107,26 +125,27 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
             )
         if args.resume and ranks.is_main:
             print(f"--resume=auto: no checkpoint in {output_dir} yet, starting from the beginning")
-        if args.overwrite and ranks.is_main:
-            shutil.rmtree(output_dir / "tensorboard", ignore_errors=True)
         return None
     checkpoint = load_checkpoint(path)
     if checkpoint["method"] != method:
         raise UserError(
             f"--resume={path}: is a checkpoint of {checkpoint['method']}, not of {method}"
         )
-    saved = checkpoint["args"]
-    check_same(saved, args, SHAPE_FLAGS, "a model of another shape does not fit", path)
-    if ranks.is_main:
-        now = plain(args)
-        changed = [
-            f"--{name}={now[name]} (was {saved.get(name)})"
-            for name in now
-            if name not in FREE_FLAGS and now[name] != saved.get(name) and now[name] != "auto"
-        ]
-        note = f", with changed {', '.join(changed)}" if changed and not args.eval_only else ""
-        print(f"Going on from {path}, step {checkpoint['step']}{note}")
     return checkpoint
+
+
+def _say_what_changed(args: Namespace, checkpoint: dict, ranks: Ranks) -> None:
+    if not ranks.is_main:
+        return
+    now, saved = plain(args), checkpoint["args"]
+    changed = [
+        f"--{name}={now[name]} (was {saved.get(name)})"
+        for name in now
+        if name not in FREE_FLAGS and now[name] != saved.get(name) and now[name] != "auto"
+    ]
+    note = f", with changed {', '.join(changed)}" if changed and not args.eval_only else ""
+    verb = "Evaluating" if args.eval_only else "Going on from"
+    print(f"{verb} {checkpoint['path']}, step {checkpoint['step']}{note}")
 
 
 def _check_output(args: Namespace, resumed: Path | None) -> None:
@@ -135,7 +154,7 @@ def _check_output(args: Namespace, resumed: Path | None) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir={output_dir}: cannot be made: {error}") from error
-    if not os.access(output_dir, os.W_OK):
+    if not os.access(output_dir, os.W_OK | os.X_OK):
         raise UserError(
             f"--output_dir={output_dir}: cannot be written; allowed is a folder of yours"
         )

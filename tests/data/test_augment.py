@@ -56,6 +56,26 @@ def test_settings_are_simclr_s():
     assert isinstance(jitter, K.ColorJitter)
     assert isinstance(gray, K.RandomGrayscale)
     assert blur.flags["kernel_size"] == (3, 3)
+    ranges = {
+        "crop area": crop._param_generator.scale,
+        "crop aspect ratio": crop._param_generator.ratio,
+        "blur sigma": blur._param_generator.sigma,
+        "brightness": jitter.brightness,
+        "contrast": jitter.contrast,
+        "saturation": jitter.saturation,
+        "hue": jitter.hue,
+    }
+    want = {
+        "crop area": [0.08, 1.0],
+        "crop aspect ratio": [3 / 4, 4 / 3],
+        "blur sigma": [0.1, 2.0],
+        "brightness": [0.6, 1.4],
+        "contrast": [0.6, 1.4],
+        "saturation": [0.6, 1.4],
+        "hue": [-0.1, 0.1],
+    }
+    found = {name: torch.as_tensor(value).flatten().tolist() for name, value in ranges.items()}
+    assert found == {name: pytest.approx(value) for name, value in want.items()}
 
 
 def test_not_lowered_by_autocast(images):

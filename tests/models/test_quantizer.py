@@ -57,6 +57,20 @@ def test_codewords_round_trip_exactly(pq):
     assert torch.equal(pq.encode(pq.decode(codes)), codes)
 
 
+@pytest.mark.parametrize("offset", [0.0, 5.0, 50.0])
+def test_codewords_round_trip_in_float32_far_from_the_origin(pq, offset):
+    pq = pq.float()
+    with torch.no_grad():
+        pq.codebooks.mul_(0.05).add_(offset)
+    codes = torch.randint(0, K, (50, M))
+    assert torch.equal(pq.encode(pq.decode(codes)), codes)
+
+
+def test_codes_that_are_no_integers_are_refused(pq):
+    with pytest.raises(ValueError, match="integers"):
+        pq.decode(torch.zeros(2, M))
+
+
 def test_decode_concatenates_the_named_codewords(pq):
     z = pq.decode(torch.tensor([[1, 0, 3]]))[0]
     want = torch.cat([pq.codebooks[0, 1], pq.codebooks[1, 0], pq.codebooks[2, 3]])

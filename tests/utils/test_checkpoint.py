@@ -21,7 +21,11 @@ from utils.checkpoint import (
 )
 from utils.errors import UserError
 
-STATE = dict.fromkeys(KEYS - {"format", "version"}) | {"step": 7, "model": {"w": torch.ones(3)}}
+STATE = dict.fromkeys(KEYS - {"format", "version"}) | {
+    "step": 7,
+    "args": {},
+    "model": {"w": torch.ones(3)},
+}
 
 
 def test_round_trip(tmp_path):
@@ -45,6 +49,16 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         load_checkpoint(path)
     save_checkpoint(path, STATE | {"version": 99})
     with pytest.raises(UserError, match="version 99"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    path = tmp_path / LAST
+    save_checkpoint(path, STATE | {"model": {"w": torch.randn(5000)}})
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="damaged"):
         load_checkpoint(path)
 
 

@@ -1,5 +1,6 @@
 """Two CPU processes (gloo) against one: loss, gradients, batch norm, a whole run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import small_cifar
 import torch
 import torch.multiprocessing as mp
 
+import main_SPQ
 from losses import cqc_loss
 from models import SPQ, build_quantizer, build_trunk
 from utils.checkpoint import LAST, load_checkpoint
@@ -124,6 +126,23 @@ def torchrun(small_files, output_dir, *flags):
     )
 
 
+def test_main_s_own_step_equals_that_of_one_process(small_files, small_set, tmp_path):
+    # --views=same takes the augmentation out: its random numbers are each rank's own
+    two = torchrun(small_files, tmp_path / "two", "--max_steps=2", "--views=same")
+    assert two.returncode == 0, two.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_SPQ, "SimCLRAugment", small_cifar.SameViews)
+        flags = [f"--data_dir={small_files}", f"--output_dir={tmp_path / 'one'}", "--max_steps=2"]
+        main_SPQ.main([*small_cifar.FAST, *flags])
+    losses = []
+    for name in ("one", "two"):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        losses.append([e["loss"] for e in entries if e["kind"] == "train"])
+    # float32; without the other rank's negatives the loss would be lower by log 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_path):
     first = torchrun(small_files, tmp_path, "--max_steps=3")
     assert first.returncode == 0, first.stderr
@@ -131,6 +150,8 @@ def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_
     state = load_checkpoint(tmp_path / LAST)
     assert state["step"] == 3
     assert len(state["rng"]) == 2
+    assert not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])
+    assert "Warning" not in first.stderr
     second = torchrun(small_files, tmp_path, "--max_steps=5", "--resume=auto")
     assert second.returncode == 0, second.stderr
     assert load_checkpoint(tmp_path / LAST)["step"] == 5

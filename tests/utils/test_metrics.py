@@ -61,7 +61,7 @@ def make(n_query=12, n_db=80, n_classes=4):
 def naive_metrics(data, top_n, distance):
     """Straight from the definitions, a query at a time."""
     dist = adc_distances(data["query"], data["db_codes"], data["codebooks"], distance)
-    found, relevant, whole, precision10, recall = [], [], [], [], []
+    found, relevant, whole, recall, lists = [], [], [], [], []
     for q in range(len(dist)):
         order = sorted(range(dist.shape[1]), key=lambda n: (dist[q, n].item(), n))
         good = [bool(data["db_labels"][n] == data["query_labels"][q]) for n in order]
@@ -75,17 +75,14 @@ def naive_metrics(data, top_n, distance):
         found.append(summed(n) / hits if hits else 0.0)
         relevant.append(summed(n) / total if total else 0.0)
         whole.append(summed(len(good)) / total if total else 0.0)
-        precision10.append(sum(good[:10]) / 10)
+        lists.append(good)
         recall.append(hits / total if total else 0.0)
-    mean = [sum(v) / len(v) for v in (found, relevant, whole, precision10, recall)]
-    names = [
-        f"mAP@{top_n}",
-        f"mAP@{top_n}_all_relevant",
-        "mAP@all",
-        "precision@10",
-        f"recall@{top_n}",
-    ]
-    return dict(zip(names, mean, strict=True))
+    mean = [sum(v) / len(v) for v in (found, relevant, whole, recall)]
+    names = [f"mAP@{top_n}", f"mAP@{top_n}_all_relevant", "mAP@all", f"recall@{top_n}"]
+    values = dict(zip(names, mean, strict=True))
+    for n in (1, 10, top_n):
+        values[f"precision@{n}"] = sum(sum(good[:n]) / n for good in lists) / len(lists)
+    return values, lists
 
 
 @pytest.mark.parametrize("distance", ["squared_l2", "l2"])
@@ -93,9 +90,24 @@ def naive_metrics(data, top_n, distance):
 def test_all_metrics_equal_the_definitions(distance, top_n):
     data = make()
     got = evaluate_retrieval(**data, distance=distance, top_n=top_n)
-    for name, value in naive_metrics(data, top_n, distance).items():
+    values, lists = naive_metrics(data, top_n, distance)
+    for name, value in values.items():
         assert got[name] == pytest.approx(value, abs=1e-9), name
     assert got["queries"] == 12
+    curve = got["pr_curve"]
+    for i, n in enumerate(curve["rank"]):
+        hits = [sum(good[:n]) for good in lists]
+        totals = [max(1, sum(good)) for good in lists]
+        shares = [h / t for h, t in zip(hits, totals, strict=True)]
+        assert curve["precision"][i] == pytest.approx(sum(hits) / n / 12)
+        assert curve["recall"][i] == pytest.approx(sum(shares) / 12)
+
+
+def test_precision_is_given_at_ranks_that_the_database_has():
+    got = evaluate_retrieval(**make(), top_n=1000)
+    assert {k for k in got if k.startswith("precision@")} == {"precision@1", "precision@10"}
+    one = evaluate_retrieval(**make(), top_n=25)
+    assert "precision@25" in one
 
 
 def test_top_n_larger_than_the_database_is_the_whole_ranking():

@@ -127,3 +127,28 @@ def test_bad_input_is_named(data):
         search(query, codes[:0], codebooks, 5)
     with pytest.raises(ValueError, match="finite"):
         search(query * float("nan"), codes, codebooks, 5)
+    with pytest.raises(ValueError, match="codebooks must be finite"):
+        search(query, codes, codebooks * float("nan"), 5)
+    for wrong in (codes.float(), codes > 0):
+        with pytest.raises(ValueError, match="codes must be integers"):
+            search(query, wrong, codebooks, 5)
+
+
+def test_parameters_and_unsigned_codes_search_as_they_are(data):
+    query, codes, codebooks = data
+    want = search(query, codes, codebooks, 9)[1]
+    learned = torch.nn.Parameter(codebooks)
+    assert torch.equal(search(query.requires_grad_(), codes, learned, 9)[1], want)
+    assert torch.equal(search(query, codes.to(torch.uint16), codebooks, 9)[1], want)
+
+
+def test_memory_stays_bounded_with_many_words(monkeypatch):
+    rows = []
+    tables = retrieval.lookup_tables
+    monkeypatch.setattr(
+        retrieval, "lookup_tables", lambda q, *rest: rows.append(len(q)) or tables(q, *rest)
+    )
+    K, d = 4096, 64
+    search(torch.randn(256, d), torch.randint(0, K, (10, 1)), torch.randn(1, K, d), 5)
+    # (rows, K, d) float32 differences and their squares
+    assert max(rows) * K * d * 8 <= retrieval.CHUNK_BYTES
