@@ -22,7 +22,8 @@ def test_released_command_and_defaults():
     args = parse(
         "--gpu_id=0", "--batch_size=256", "--N_books=8", "--N_words=16", "--eval_epoch=100"
     )
-    assert vars(args) == vars(parse())
+    assert args.given == {"gpu_id", "batch_size", "N_books", "N_words", "eval_epoch"}
+    assert vars(args) | {"given": frozenset()} == vars(parse())
     released = {
         "gpu_id": 0,
         "if_download": False,
@@ -89,14 +90,16 @@ def test_code_bits(argv, bits):
     ("flag", "value", "allowed"),
     [
         ("N_words", "12", "power of two"),
-        ("N_words", "1", "at least 2"),
-        ("N_words", "sixteen", "whole number"),
+        ("N_words", "1", "power of two from 2"),
+        ("N_words", "-4", "power of two from 2"),
+        ("N_words", "131072", "to 65536"),
+        ("N_words", "sixteen", "power of two"),
         ("N_books", "0", "at least 1"),
         ("batch_size", "-4", "at least 2"),
         ("batch_size", "2.5", "whole number"),
         ("lr", "-0.1", "above 0"),
         ("lr", "nan", "above 0"),
-        ("lr", "inf", "above 0"),
+        ("lr", "inf", "finite number above 0"),
         ("weight_decay", "-1", "at least 0"),
         ("contrastive_temperature", "0", "above 0"),
         ("epochs", "0", "at least 1"),
@@ -142,3 +145,9 @@ def test_help_shows_every_default(capsys):
             assert action.help
             assert "default" in action.help or action.default is not None
     assert page.count("(default") >= len(spq_parser()._actions) - 1
+
+
+def test_an_empty_resume_and_a_warm_up_without_effect_are_refused(capsys):
+    assert "--resume=" in refused(capsys, "--resume=")
+    message = refused(capsys, "--warmup_epochs=2", "--lr_schedule=released")
+    assert "--warmup_epochs=2" in message

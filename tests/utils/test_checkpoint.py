@@ -107,7 +107,7 @@ import sys; sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
 from utils.checkpoint import KEYS, save_checkpoint
-state = dict.fromkeys(KEYS - {{"format", "version"}})
+state = dict.fromkeys(KEYS - {{"format", "version"}}) | {{"args": {{}}}}
 step = 0
 while True:
     step += 1

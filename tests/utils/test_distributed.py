@@ -146,7 +146,7 @@ def test_main_s_own_step_equals_that_of_one_process(small_files, small_set, tmp_
 def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_path):
     first = torchrun(small_files, tmp_path, "--max_steps=3")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.count("Result of the last epoch") == 1
+    assert first.stdout.count("Result at step 3") == 1
     state = load_checkpoint(tmp_path / LAST)
     assert state["step"] == 3
     assert len(state["rng"]) == 2
