@@ -29,3 +29,14 @@ def small_set(small_files, monkeypatch) -> Path:
     monkeypatch.setattr(data.cifar10, "BIN_SHA256", small_cifar.hashes(small_files))
     monkeypatch.setattr(data.cifar10, "ROWS", small_cifar.ROWS)
     return small_files
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, small_files):
+    """A run of two epochs that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cifar10.BIN_SHA256", small_cifar.hashes(small_files))
+        patch.setattr("data.cifar10.ROWS", small_cifar.ROWS)
+        folder = tmp_path_factory.mktemp("finished")
+        small_cifar.run(small_files, folder, "--eval_epoch=1")
+    return folder

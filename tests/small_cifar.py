@@ -7,6 +7,7 @@ place; everything else is the real code. As a script it runs main_SPQ.py on a sm
 """
 
 import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def hashes(data_dir: Path) -> dict[str, str]:
     """SHA-256 of each file."""
     folder = data_dir / "cifar-10-batches-bin"
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.bin")}
+
+
+def run(data_dir, output_dir, *flags):
+    """main_SPQ.py in this process."""
+    import main_SPQ
+
+    main_SPQ.main([*FAST, f"--data_dir={data_dir}", f"--output_dir={output_dir}", *flags])
+
+
+def log_of(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
 
 
 class SameViews(torch.nn.Module):

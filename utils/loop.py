@@ -9,13 +9,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.batches import DeviceBatches
 from utils.checkpoint import LAST, check_same, save_checkpoint
 from utils.device import AMP_DTYPES
 from utils.distributed import Ranks
@@ -50,6 +49,16 @@ def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
     return kind(parameters, lr=args.lr, weight_decay=decay, fused=True)
 
 
+class Batches(Protocol):
+    """Where a Trainer's images come from, `data.batches.DeviceBatches` for one."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's images of the batch at `step`, counted from 0 over the whole training."""
+
+
 class Trainer:
     """Trains one model by one loss; knows nothing of the method.
 
@@ -70,7 +79,7 @@ class Trainer:
         method: str,
         model: nn.Module,
         loss_of: Callable[[nn.Module, Tensor], Tensor],
-        batches: DeviceBatches,
+        batches: Batches,
         evaluate: Callable[[nn.Module], list[dict]],
         ranks: Ranks,
         checkpoint: dict | None = None,
