@@ -129,7 +129,7 @@ def bench_step(args: argparse.Namespace, device: torch.device) -> dict:
 
     Ours has what the Trainer does beside: fused Adam and the norm of the gradients.
     """
-    amp = choose_amp("auto", device)
+    amp = choose_amp(args.amp, device)
     dtype = AMP_DTYPES[amp]
     torch.manual_seed(1)
     views = [torch.rand(args.batch_size, 3, 32, 32, device=device) for _ in range(2)]
@@ -261,6 +261,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of the trunk (default: 64)")
     parser.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls; their median counts")
+    parser.add_argument(
+        "--amp", choices=["auto", "bf16", "off"], default="auto", help="of our step (default: auto)"
+    )
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
@@ -269,10 +272,11 @@ def main() -> None:
         "python": platform.python_version(),
     }
     if args.part == "all":  # each in a process of its own: peak memory is a process's
-        sizes = [f"--{name}={getattr(args, name)}" for name in ("width", "batch_size", "repeats")]
+        flags = ("width", "batch_size", "repeats", "amp")
+        passed_on = [f"--{name}={getattr(args, name)}" for name in flags]
         for name in PARTS:
             print(f"{name} ...", file=sys.stderr)
-            command = [sys.executable, __file__, f"--part={name}", *sizes]
+            command = [sys.executable, __file__, f"--part={name}", *passed_on]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[name] = json.loads(done.stdout)[name]
     else:
