@@ -16,7 +16,7 @@ from data.augment import SimCLRAugment
 from data.batches import DeviceBatches
 from data.cifar10 import CLASSES, load_cifar10
 from losses import contrastive_loss, cqc_loss
-from models import SPQ, build_quantizer, build_trunk
+from models import build_spq
 from utils.cli import run_main
 from utils.evaluation import RetrievalEvaluation
 from utils.loop import Trainer
@@ -46,11 +46,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels
     layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
-    model = SPQ(
-        build_trunk(args.arch, args.width),
-        build_quantizer(args.quantizer, args.N_books, args.N_words, args.L_word),
+    model = build_spq(
+        args.arch,
+        args.width,
+        args.quantizer,
+        M=args.N_books,
+        K=args.N_words,
+        d=args.L_word,
         alpha=args.soft_quantization_scale,
-        hard=args.quantizer == "hard",
     ).to(device, memory_format=layout)
     if args.compile:
         model.trunk.compile()

@@ -8,7 +8,15 @@ from models.quantizer import ProductQuantizer
 from models.resnet import resnet18
 from models.spq import SPQ
 
-__all__ = ["QUANTIZERS", "SPQ", "TRUNKS", "ProductQuantizer", "build_quantizer", "build_trunk"]
+__all__ = [
+    "QUANTIZERS",
+    "SPQ",
+    "TRUNKS",
+    "ProductQuantizer",
+    "build_quantizer",
+    "build_spq",
+    "build_trunk",
+]
 
 # --arch: name -> function of `width`, giving a module with `feature_dim`. New trunks go here.
 TRUNKS: dict[str, Callable[[int], nn.Module]] = {"resnet18": resnet18}
@@ -38,3 +46,15 @@ def build_quantizer(kind: str, M: int, K: int, d: int) -> ProductQuantizer:
     if kind not in QUANTIZERS:
         raise ValueError(f"unknown quantizer {kind!r}; known: {', '.join(QUANTIZERS)}")
     return ProductQuantizer(1, K, M * d) if kind == "vq" else ProductQuantizer(M, K, d)
+
+
+def build_spq(
+    arch: str, width: int, quantizer: str, M: int, K: int, d: int, alpha: float = 5.0
+) -> SPQ:
+    """An untrained SPQ network: trunk, head and quantizer by their names.
+
+    Raises:
+        ValueError: if trunk or quantizer is unknown, or a number is not positive.
+    """
+    parts = build_trunk(arch, width), build_quantizer(quantizer, M, K, d)
+    return SPQ(*parts, alpha=alpha, hard=quantizer == "hard")

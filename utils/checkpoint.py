@@ -35,10 +35,19 @@ def save_checkpoint(path: Path, state: dict) -> None:
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old file stays.
     """
+    write_torch(path, {"format": FORMAT, "version": VERSION, **state})
+
+
+def write_torch(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all.
+
+    Raises:
+        OSError: as `save_checkpoint`.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -58,24 +67,7 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     Raises:
         UserError: if there is no such file, or it is no checkpoint of this project.
     """
-    try:
-        if not path.is_file():
-            raise UserError(
-                f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}"
-            )
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load does not look at the check sums
-                raise zipfile.BadZipFile("a check sum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{flag}={path}: cannot be read: {error}") from error
-    except UserError:
-        raise
-    except Exception as error:  # torch raises whatever its reader trips over
-        raise UserError(
-            f"{flag}={path}: is not a checkpoint, or a damaged one ({type(error).__name__}); "
-            f"allowed is a {LAST} that a main script wrote"
-        ) from error
+    state = read_torch(path, flag)
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
         raise UserError(
             f"{flag}={path}: is a torch file but not a checkpoint of this project; "
@@ -88,6 +80,32 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     if not isinstance(state["args"], dict) or not isinstance(state["step"], int):
         raise UserError(f"{flag}={path}: is a damaged checkpoint: no arguments or no step in it")
     return state | {"path": str(path)}
+
+
+def read_torch(path: Path, flag: str) -> object:
+    """Read a file that torch.save wrote onto the CPU; runs no code, checks every check sum.
+
+    Raises:
+        UserError: if there is no such file, or it is none of torch's, or a damaged one.
+    """
+    try:
+        if not path.is_file():
+            raise UserError(
+                f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}"
+            )
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load does not look at the check sums
+                raise zipfile.BadZipFile("a check sum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be read: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # torch raises whatever its reader trips over
+        raise UserError(
+            f"{flag}={path}: is not a checkpoint, or a damaged one ({type(error).__name__}); "
+            f"allowed is a {LAST} that a main script wrote"
+        ) from error
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:

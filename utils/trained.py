@@ -1,0 +1,121 @@
+"""A trained model as others use it: loaded from its file, ready to encode, known by its weights."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from models import SPQ, build_spq
+from utils.checkpoint import FORMAT as CHECKPOINT
+from utils.checkpoint import LAST, VERSION, read_torch, write_torch
+from utils.errors import UserError
+
+MODEL = "product-quantization-model"  # weights alone; a checkpoint has the optimizer's state too
+# what besides the weights decides which code an image gets
+SHAPE = ("arch", "width", "quantizer", "N_books", "N_words", "L_word", "input_size")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and what it was trained as.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, float32.
+        method: "SPQ".
+        args: the flags it was trained with, as JSON holds them.
+        identity: SHA-256 over the weights and over what else decides a code; two models with the
+            same identity give the same codes.
+    """
+
+    model: SPQ
+    method: str
+    args: dict
+    identity: str
+
+    @property
+    def input_size(self) -> int:
+        """Side that images are encoded at, pixels."""
+        return self.args["input_size"]
+
+
+def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
+    """Load a training checkpoint, or the weights that `save_trained` wrote.
+
+    Args:
+        path: the file, or a run's folder: its `checkpoint_last.pt`, or else its `model.pt`.
+        flag: for messages.
+    Raises:
+        UserError: if there is no such file, it is damaged, or it is of another program.
+    """
+    try:
+        if path.is_dir():
+            names = (LAST, "model.pt")
+            path = next((path / name for name in names if (path / name).is_file()), path / LAST)
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be read: {error}") from error
+    state = read_torch(path, flag)
+    if not isinstance(state, dict) or state.get("format") not in (CHECKPOINT, MODEL):
+        raise UserError(
+            f"{flag}={path}: is a torch file but not of this project; allowed is a {LAST} or "
+            "model.pt that a main script or search.py wrote"
+        )
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"{flag}={path}: has version {state.get('version')}; this code reads {VERSION}"
+        )
+    if state.get("method") != "SPQ":
+        raise UserError(f"{flag}={path}: is a model of {state.get('method')}; allowed is SPQ")
+    try:
+        args = dict(state["args"])
+        # a file must not be able to ask for a network that fills the memory
+        size = sum(value.numel() for value in state["model"].values())
+        with torch.device("meta"):
+            model = _build(args)
+        if size != sum(value.numel() for value in model.state_dict().values()):
+            raise ValueError("weights of another shape")
+        model = _build(args)
+        model.load_state_dict(state["model"])
+        identity = identify("SPQ", args, model)
+        int(args["input_size"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{flag}={path}: is damaged: its weights and its flags do not fit ({detail})"
+        ) from error
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise UserError(f"{flag}={path}: has weights that are not finite; train it again")
+    return Trained(model.float().eval(), "SPQ", args, identity)
+
+
+def save_trained(path: Path, trained: Trained) -> None:
+    """Write weights and flags without the optimizer's state, a third of a checkpoint's size.
+
+    Raises:
+        OSError: if it cannot be written; an old file stays.
+    """
+    content = {"method": trained.method, "args": trained.args, "model": trained.model.state_dict()}
+    write_torch(path, {"format": MODEL, "version": VERSION, **content})
+
+
+def identify(method: str, args: Mapping, model: SPQ) -> str:
+    """SHA-256 hex digest of all that decides which code an image gets."""
+    digest = hashlib.sha256(json.dumps([method, [args.get(name) for name in SHAPE]]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _build(args: Mapping) -> SPQ:
+    return build_spq(
+        args["arch"],
+        args["width"],
+        args["quantizer"],
+        M=args["N_books"],
+        K=args["N_words"],
+        d=args["L_word"],
+        alpha=args["soft_quantization_scale"],
+    )
