@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.images import MAX_PIXELS
 from models import QUANTIZERS, TRUNKS
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
 from utils.retrieval import DISTANCES
@@ -382,4 +383,227 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     if args.output_dir is None:
         method = parser.prog.removeprefix("main_").removesuffix(".py")
         args.output_dir = Path("runs") / f"{method}_cifar10_{code_bits(args)}bits"
+    return args
+
+
+# --- search.py ----------------------------------------------------------------------------------
+
+
+def search_parser() -> Parser:
+    """The parser of search.py: a subcommand for each thing one does with an index."""
+    parser = Parser(
+        prog="search.py",
+        description="Search your own images: build an index with a trained model, ask it, keep it "
+        "up to date, hand it to FAISS.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> Parser:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        sub.add_argument("--index", type=Path, required=True, metavar="DIR", help="the index")
+        return sub
+
+    build = command("build", "Encode images and make an index of them; goes on after a kill.")
+    build.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="trained model: checkpoint_last.pt or model.pt, or the folder of a run",
+    )
+    add_encoding_flags(build)
+    build.add_argument(
+        "--overwrite",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="replace an index, or give up an unfinished build, in --index",
+    )
+
+    add = command("add", "Add the images that the index does not have yet.")
+    add_model_check_flag(add)
+    add_encoding_flags(add)
+
+    remove = command("remove", "Take images out of the index.")
+    remove.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="as the index tells it, or as a file's path; a folder means all below it",
+    )
+    remove.add_argument(
+        "--missing",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="also remove every image whose file is gone",
+    )
+
+    info = command("info", "Tell what the index is.")
+    add_json_flag(info)
+    command("verify", "Read every byte of the index and check it.")
+
+    query = command("query", "Find the images most like a given one.")
+    query.add_argument(
+        "--image",
+        required=True,
+        metavar="FILE",
+        help="an image, a folder of images, or a list of them; with an index of cifar10 also a "
+        "name like test/00017.png",
+    )
+    query.add_argument("--k", type=positive_int, default=10, metavar="N", help="images wanted")
+    add_json_flag(query)
+    query.add_argument(
+        "--figure", type=Path, metavar="FILE", help="draw queries and results (.png, .svg, .pdf)"
+    )
+    query.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a web page that needs no other file"
+    )
+    query.add_argument(
+        "--engine",
+        choices=("auto", "faiss", "own"),
+        default="auto",
+        help="auto: FAISS where its ranking is exact, the project's own search otherwise",
+    )
+    query.add_argument(
+        "--distance",
+        choices=DISTANCES,
+        default="squared_l2",
+        help="squared_l2 is standard; l2 is what the released SPQ code ranks by",
+    )
+    query.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="where the images lie now, for --figure and --html (default: where they were)",
+    )
+    add_model_check_flag(query)
+    add_decoding_flags(query)
+
+    export = command("export", "Write the codes as a FAISS index, and the paths beside it.")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=("faiss", "faiss-fastscan", "faiss-ivfpq"),
+        help="faiss: IndexPQ, exact; faiss-fastscan: fastest, K = 16 only, approximate; "
+        "faiss-ivfpq: inverted lists, for large sets",
+    )
+    export.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the FAISS index to write"
+    )
+    export.add_argument(
+        "--nlist",
+        type=positive_int,
+        metavar="N",
+        help="inverted lists of faiss-ivfpq (default: 4 sqrt(N), at most N / 64)",
+    )
+    export.add_argument(
+        "--overwrite",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="replace a file at --output",
+    )
+    return parser
+
+
+def add_encoding_flags(parser: Parser) -> None:
+    """Which images, and how they are encoded."""
+    flag = parser.add_argument
+    flag(
+        "--images",
+        required=True,
+        metavar="DIR",
+        help="a folder (with all below it), a text file with a path a line, or cifar10",
+    )
+    flag(
+        "--if_download",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="with --images=cifar10: fetch it into --data_dir if it is not there",
+    )
+    flag(
+        "--strict",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="stop at the first image that cannot be read, instead of leaving it out",
+    )
+    add_decoding_flags(parser)
+
+
+def add_decoding_flags(parser: Parser) -> None:
+    """How images are read, and where the model runs."""
+    flag = parser.add_argument
+    flag(
+        "--data_dir",
+        type=Path,
+        default=Path("./datasets"),
+        metavar="DIR",
+        help="where CIFAR-10 is",
+    )
+    flag(
+        "--max_pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image that is decoded; one takes 4 bytes a pixel",
+    )
+    flag(
+        "--batch_size",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="images that go through the network together",
+    )
+    flag(
+        "--num_workers",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="threads that decode (default: one a core)",
+    )
+    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use (without torchrun)")
+    flag(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: the GPU if there is one",
+    )
+
+
+def add_model_check_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="only to make sure that the index is of this model; it has its own copy (default: no "
+        "such check)",
+    )
+
+
+def add_json_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--json",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="print one JSON document",
+    )
+
+
+def parse_search_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse search.py's command line; exits with code 2 on bad input."""
+    parser = search_parser()
+    args = parser.parse_args(argv)
+    if args.command == "remove" and not args.paths and not args.missing:
+        parser.error("remove: nothing to remove; allowed are paths, and --missing")
+    if args.command == "export" and args.nlist and args.to != "faiss-ivfpq":
+        parser.error(f"--nlist={args.nlist}: only --to=faiss-ivfpq has lists")
     return args

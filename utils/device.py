@@ -14,9 +14,13 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 BF16_MUST_GAIN = 1.3  # on a CPU bf16 has to be this much faster than float32 to be chosen
 
 
-def choose_device(args: Namespace, ranks: Ranks) -> torch.device:
+def choose_device(args: Namespace, ranks: Ranks, quiet: bool = False) -> torch.device:
     """The device that --device and --gpu_id mean; says in one line when there is no GPU.
 
+    Args:
+        args: `device` and `gpu_id`.
+        ranks: this process among the others.
+        quiet: do not say it.
     Raises:
         UserError: if the GPU asked for is not there.
     """
@@ -26,7 +30,7 @@ def choose_device(args: Namespace, ranks: Ranks) -> torch.device:
     if count == 0:
         if args.device == "cuda":
             raise UserError("--device=cuda: torch sees no CUDA GPU here; allowed are auto and cpu")
-        if ranks.is_main:
+        if ranks.is_main and not quiet:
             threads = torch.get_num_threads()
             print(
                 f"No CUDA GPU found: --gpu_id={args.gpu_id} is ignored, training on the CPU "

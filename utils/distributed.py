@@ -3,6 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -31,10 +32,16 @@ class Ranks:
             int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
         )
 
-    def connect(self, device: torch.device) -> None:
-        """Join the process group: NCCL between GPUs, gloo between CPUs."""
+    def connect(self, device: torch.device, timeout: timedelta | None = None) -> None:
+        """Join the process group: NCCL between GPUs, gloo between CPUs.
+
+        Args:
+            device: of the tensors that are exchanged.
+            timeout: how long a process waits for the others (default: torch's).
+        """
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Model for training: synchronised batch norm and averaged gradients if there are ranks."""

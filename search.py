@@ -1,0 +1,325 @@
+"""Search your own images with a trained model.
+
+    python search.py build --checkpoint RUN --images PICTURES --index INDEX
+    python search.py query --index INDEX --image ONE.jpg --html result.html
+
+An image is stored as M codeword numbers (32 bits at SPQ's usual size); a query keeps its descriptor
+and is compared with codewords through look-up tables.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from args import parse_search_args
+from data.images import (
+    CIFAR10_NAME,
+    Cifar10Images,
+    Files,
+    ImageError,
+    ImageSource,
+    batched,
+    open_images,
+    to_array,
+)
+from utils.cli import run_main
+from utils.device import choose_device
+from utils.distributed import Ranks
+from utils.engines import choose_engine, export, write_faiss
+from utils.errors import UserError
+from utils.index import Index, join_paths, open_index, verify
+from utils.index_build import Encoding, add, build, check_model, remove
+from utils.loop import TrainingStopped
+from utils.search_page import Answer, Hit, as_json, as_page, as_table, draw, printable
+from utils.trained import Trained, load_trained
+
+SHOWN_PIXELS = 400  # of pictures in figures and pages, longest side
+SHOWN_FAULTS = 10
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, and do what the command says."""
+    args = parse_search_args(argv)
+    COMMANDS[args.command](args)
+
+
+# --- filling an index ---------------------------------------------------------------------------
+
+
+def run_build(args: Namespace) -> None:
+    """search.py build"""
+    encoding = _encoding(args, load_trained(args.checkpoint))
+    with _interruptible("build"):
+        index = build(args.index, lambda: _images(args), encoding, args.overwrite)
+    if index is not None:
+        _tell_filled(index, 0)
+
+
+def run_add(args: Namespace) -> None:
+    """search.py add"""
+    index = open_index(args.index)
+    if args.checkpoint is not None:
+        check_model(index, load_trained(args.checkpoint))
+    encoding = _encoding(args, index.model())
+    with _interruptible("add"):
+        changed = add(args.index, lambda: _images(args), encoding)
+    if changed is not None:
+        _tell_filled(changed, index.N)
+
+
+def run_remove(args: Namespace) -> None:
+    """search.py remove"""
+    index, removed = remove(args.index, lambda index: _to_remove(index, args))
+    print(f"{removed} images removed, {index.N} left in {args.index}")
+
+
+def _to_remove(index: Index, args: Namespace) -> Iterable[str]:
+    known = list(index.paths)
+    found: set[str] = set()
+    if args.missing:
+        if index.kind != "files":
+            raise UserError(f"--missing: this index is of {index.kind}, whose images are no files")
+        if not index.root.is_dir():
+            raise UserError(
+                f"--missing: the folder of images {index.root} itself is gone; if it was moved or "
+                "is not mounted, removing all its images is hardly meant"
+            )
+        found |= {name for name in known if not os.path.lexists(index.root / name)}
+    for path in args.paths:
+        # as the index tells it, or as the shell does
+        told = {os.path.normpath(path), os.path.relpath(path, index.root)}
+        below = tuple(f"{name}{os.sep}" for name in told)
+        these = {name for name in known if name in told or name.startswith(below)}
+        if not these:
+            raise UserError(f"{path}: is not in --index={args.index}; nothing was removed")
+        found |= these
+    return found
+
+
+# --- looking at an index ------------------------------------------------------------------------
+
+
+def run_info(args: Namespace) -> None:
+    """search.py info"""
+    index = open_index(args.index)
+    if args.json:
+        print(json.dumps(index.manifest, indent=2))
+        return
+    m = index.manifest
+    size = sum(entry["bytes"] for entry in m["files"].values())
+    rows = {
+        "images": f"{m['items']} ({m['skipped']} could not be read)",
+        "code": f"{m['code_bits']} bits: M={m['M']} codebooks, K={m['K']} words, d={m['d']}",
+        "codes": f"{index.packed.nbytes} bytes; the index with paths and model {size} bytes",
+        "images from": f"{m['images']['kind']} in {printable(m['images']['root'])}",
+        "model": f"{m['model']['method']} {m['model']['identity'][:16]}, images of "
+        f"{m['model']['input_size']} pixels",
+        "made": f"{m['created']}, changed {m['changed']}",
+    }
+    for name, text in rows.items():
+        print(f"{name + ':':13}{text}")
+    _tell_skipped(index)
+
+
+def run_verify(args: Namespace) -> None:
+    """search.py verify"""
+    index = verify(args.index)
+    print(f"{args.index} is whole: {index.N} images, model {index.identity[:16]}")
+
+
+def run_export(args: Namespace) -> None:
+    """search.py export"""
+    index = open_index(args.index)
+    paths = args.output.with_name(args.output.name + ".paths")
+    for place in (args.output, paths):
+        if place.exists() and not args.overwrite:
+            raise UserError(f"--output={args.output}: {place} is there already; --overwrite it")
+    if index.N == 0:
+        raise UserError(f"--index={args.index}: is empty; add images first")
+    found = export(index.packed, index.codebooks(), args.to, args.nlist)
+    write_faiss(found, args.output)
+    paths.write_bytes(join_paths(index.paths))
+    print(
+        f"{type(found).__name__} of {index.N} images: {args.output}\n"
+        f"paths, each ended by a NUL byte, number i that of FAISS's id i: {paths}\n"
+        "Queries are descriptors x of the model; they are not normalised."
+    )
+
+
+# --- asking -------------------------------------------------------------------------------------
+
+
+def run_query(args: Namespace) -> None:
+    """search.py query"""
+    index = open_index(args.index)
+    if index.N == 0:
+        raise UserError(f"--index={args.index}: is empty; add images first")
+    if args.checkpoint is not None:
+        check_model(index, load_trained(args.checkpoint))
+    encoding = _encoding(args, index.model())
+    queries = _read_queries(args, index, encoding.trained.input_size)
+    engine = choose_engine(index.packed, index.codebooks(), args.distance, args.engine)
+    arrays = [query.array for query in queries]
+    x = np.concatenate([encoding.describe(np.stack(b)) for b in batched(arrays, args.batch_size)])
+    start = time.perf_counter()
+    dist, found = engine.search(x, min(args.k, index.N))
+    milliseconds = 1000 * (time.perf_counter() - start) / len(queries)
+
+    see = _viewer(index, args) if args.figure or args.html else lambda path: None
+    answers = []
+    for query, row_dist, row in zip(queries, dist.tolist(), found.tolist(), strict=True):
+        paths = [index.paths[i] for i in row]
+        ranked = enumerate(zip(paths, row_dist, strict=True), start=1)
+        hits = [Hit(rank, path, d, see(path)) for rank, (path, d) in ranked]
+        answers.append(Answer(query.name, query.picture, hits))
+    note = f"{index.N} images of {index.manifest['code_bits']} bits, {engine.name}"
+    if args.json:
+        content = {"engine": engine.name, "distance": args.distance, "images": index.N}
+        print(json.dumps({**content, "queries": as_json(answers)}, indent=2))
+    else:
+        print("\n\n".join(as_table(answer) for answer in answers))
+    print(f"{note}: {milliseconds:.1f} ms a query", file=sys.stderr)
+    if args.figure:
+        _write(args.figure, "--figure", lambda path: draw(answers, path, note))
+    if args.html:
+        page = as_page(answers, f"Images like {Path(args.image).name}", note)
+        _write(args.html, "--html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+class _Query(NamedTuple):
+    name: str
+    array: np.ndarray  # (3, side, side) uint8, what the network sees
+    picture: Image.Image  # reduced, what a person sees
+
+
+def _read_queries(args: Namespace, index: Index, side: int) -> list[_Query]:
+    """The images that --image means; unreadable ones of a folder are named and left out."""
+    source: ImageSource
+    if index.kind == CIFAR10_NAME and not os.path.lexists(args.image):
+        source = Cifar10Images(args.data_dir)
+        source.names = [args.image]
+    else:
+        source = open_images(args.image, args.data_dir, flag="--image")
+    queries, faults = [], list(source.faults)
+    for name in source.names:
+        try:
+            image = source.read(name, args.max_pixels, max(side, SHOWN_PIXELS))
+            queries.append(_Query(name, to_array(image, side), _reduced(image)))
+        except ImageError as error:
+            faults.append((name, str(error)))
+    if not queries:
+        raise UserError(f"--image={args.image}: {printable(faults[0][0])} {faults[0][1]}")
+    for name, reason in faults:
+        print(f"left out: {printable(name)} {reason}", file=sys.stderr)
+    return queries
+
+
+def _viewer(index: Index, args: Namespace) -> Callable[[str], Image.Image | None]:
+    """path -> its picture, reduced; None if it cannot be read any more."""
+    if index.kind == CIFAR10_NAME:
+        source = Cifar10Images(args.root or index.root)
+    else:
+        source = Files(args.root or index.root, [], [], 0)
+
+    def see(path: str) -> Image.Image | None:
+        try:
+            return _reduced(source.read(path, args.max_pixels, SHOWN_PIXELS))
+        except ImageError:
+            return None
+
+    return see
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    return image
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _encoding(args: Namespace, trained: Trained) -> Encoding:
+    ranks = Ranks.from_environment()
+    return Encoding(
+        trained,
+        choose_device(args, ranks, quiet=True),
+        args.batch_size,
+        args.max_pixels,
+        args.num_workers or os.cpu_count() or 1,
+        getattr(args, "strict", False),
+        ranks,
+    )
+
+
+def _images(args: Namespace) -> ImageSource:
+    Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow's own guard, for what it opens by itself
+    return open_images(args.images, args.data_dir, args.if_download)
+
+
+@contextlib.contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    """A request to end, of the keyboard or the system, lets finished work be written down."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise TrainingStopped(
+            f"Interrupted; give the same `search.py {command}` again to go on", 128 + number
+        )
+
+    handlers = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _tell_filled(index: Index, before: int) -> None:
+    added = f", {index.N - before} of them new" if before else ""
+    print(
+        f"{index.folder}: {index.N} images{added}, {index.manifest['code_bits']} bits each, "
+        f"{index.packed.nbytes} bytes of codes"
+    )
+    _tell_skipped(index)
+
+
+def _tell_skipped(index: Index) -> None:
+    skipped = index.skipped()
+    if skipped:
+        print(f"{len(skipped)} left out, all in {index.file('skipped')}:")
+    for row in skipped[:SHOWN_FAULTS]:
+        print(f"  {printable(row['path'])}: {row['reason']}")
+    if len(skipped) > SHOWN_FAULTS:
+        print(f"  and {len(skipped) - SHOWN_FAULTS} more")
+
+
+def _write(path: Path, flag: str, write: Callable[[Path], object]) -> None:
+    try:
+        write(path)
+    except (OSError, ValueError) as error:  # ValueError: a kind of figure that does not exist
+        raise UserError(f"{flag}={path}: cannot be written: {error}") from error
+    print(f"wrote {path}", file=sys.stderr)
+
+
+COMMANDS = {
+    "build": run_build,
+    "add": run_add,
+    "remove": run_remove,
+    "info": run_info,
+    "verify": run_verify,
+    "query": run_query,
+    "export": run_export,
+}
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,213 @@
+"""Search engines over packed codes: FAISS where it ranks exactly, our own for the rest; exports."""
+
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+
+from utils.errors import UserError
+from utils.packing import unpack_codes, word_bits
+from utils.retrieval import search
+
+ENGINES = ("auto", "faiss", "own")
+EXPORTS = ("faiss", "faiss-fastscan", "faiss-ivfpq")
+TRAINING_POINTS = 64  # for each inverted list: what FAISS's k-means is content with, and more
+
+
+class OwnEngine:
+    """`utils.retrieval.search`: every distance the project knows, ties in order of index."""
+
+    def __init__(self, packed: np.ndarray, codebooks: np.ndarray, distance: str) -> None:
+        M, K, _ = codebooks.shape
+        self.codes = torch.from_numpy(unpack_codes(np.asarray(packed), M, K))
+        self.codebooks, self.distance = torch.from_numpy(codebooks), distance
+        self.name = f"own exact search, {distance}"
+
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest items: dist (Q, k) ascending, index (Q, k) int64; k at most N."""
+        dist, index = search(
+            torch.from_numpy(query), self.codes, self.codebooks, k, distance=self.distance
+        )
+        return dist.numpy(), index.numpy()
+
+
+class FaissEngine:
+    """FAISS's IndexPQ, exact in squared L2.
+
+    Codebooks of less than 8 bits are first merged into codebooks of 8: with K = 16 the words of
+    codebooks m and m + 1 side by side are 256 words of 2d dimensions, and the two packed codes are
+    the very byte that names one of them. Distances stay the same, look-ups halve, and FAISS has a
+    fast path for bytes: 4.5 times its speed on codes of 4 bits (scripts/benchmark_search.py).
+    """
+
+    def __init__(self, packed: np.ndarray, codebooks: np.ndarray) -> None:
+        M, K, d = codebooks.shape
+        bits = word_bits(K)
+        self.pad = 0
+        if bits in (1, 2, 4):
+            together = 8 // bits
+            self.pad = -M % together  # codebooks of one word more, which all lie at the origin
+            filled = np.zeros((M + self.pad, K, d), dtype=np.float32)
+            filled[:M] = codebooks
+            codebooks = merge_codebooks(filled, together)
+            self.name = f"FAISS IndexPQ, exact squared L2 ({together} codebooks a byte)"
+        else:
+            self.name = "FAISS IndexPQ, exact squared L2"
+        self.pad *= d
+        self.index = index_pq(packed, codebooks)
+
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest items: dist (Q, k) ascending, index (Q, k) int64; k at most N."""
+        if not np.isfinite(query).all():
+            raise ValueError("queries must be finite")
+        query = np.pad(query.astype(np.float32, copy=False), ((0, 0), (0, self.pad)))
+        dist, index = self.index.search(np.ascontiguousarray(query), k)
+        order = np.lexsort((index, dist))  # ties in order of index
+        return np.take_along_axis(dist, order, 1), np.take_along_axis(index, order, 1)
+
+
+def choose_engine(
+    packed: np.ndarray, codebooks: np.ndarray, distance: str = "squared_l2", engine: str = "auto"
+) -> OwnEngine | FaissEngine:
+    """The engine that --engine means; `auto` is FAISS where its ranking is exact.
+
+    Args:
+        packed: (N, code_bytes) uint8, see utils.packing.
+        codebooks: (M, K, d) float32.
+        distance: "squared_l2" or "l2".
+        engine: "auto", "faiss" or "own".
+    Raises:
+        UserError: if FAISS is asked for what it cannot do.
+    """
+    if engine == "own" or (engine == "auto" and distance != "squared_l2"):
+        return OwnEngine(packed, codebooks, distance)
+    if distance != "squared_l2":
+        raise UserError(
+            f"--engine=faiss: cannot rank by {distance}, only by squared_l2; allowed for "
+            f"{distance} are auto and own"
+        )
+    return FaissEngine(packed, codebooks)
+
+
+def merge_codebooks(codebooks: np.ndarray, together: int) -> np.ndarray:
+    """Codebooks whose words are all combinations of the words of `together` neighbours.
+
+        merged[g, sum_i K^i * k_i] = [ codebooks[g * together + i, k_i] for i = 0, 1, ... ]
+
+    Args:
+        codebooks: (M, K, d), M a multiple of `together`.
+        together: how many become one.
+    Returns:
+        (M / together, K^together, together * d).
+    """
+    K = codebooks.shape[1]
+    word = np.arange(K**together)
+    parts = [
+        codebooks[i::together][:, word // K**i % K]  # (M / together, K^together, d)
+        for i in range(together)
+    ]
+    return np.concatenate(parts, axis=2)
+
+
+def index_pq(packed: np.ndarray, codebooks: np.ndarray) -> faiss.IndexPQ:
+    """A FAISS IndexPQ in squared L2 that holds these very codebooks and codes."""
+    M, K, d = codebooks.shape
+    index = faiss.IndexPQ(M * d, M, word_bits(K))
+    faiss.copy_array_to_vector(_floats(codebooks).ravel(), index.pq.centroids)
+    faiss.copy_array_to_vector(np.ascontiguousarray(packed).ravel(), index.codes)
+    index.ntotal = len(packed)
+    index.is_trained = True
+    return index
+
+
+# --- exports ------------------------------------------------------------------------------------
+
+
+def export(
+    packed: np.ndarray, codebooks: np.ndarray, kind: str, nlist: int | None = None
+) -> faiss.Index:
+    """The codes as a FAISS index that any program with FAISS searches.
+
+    Args:
+        packed: (N, code_bytes) uint8.
+        codebooks: (M, K, d) float32.
+        kind: "faiss": IndexPQ, exact; "faiss-fastscan": IndexPQFastScan, K = 16 only, many times
+            as fast, look-up tables rounded to 8 bits, so the ranking is approximate;
+            "faiss-ivfpq": IndexIVFPQ without residuals, exact if all lists are probed.
+        nlist: inverted lists of faiss-ivfpq (default: 4 sqrt(N), at most N / 64).
+    Raises:
+        UserError: if FAISS cannot hold these codes in that index.
+    """
+    K = codebooks.shape[1]
+    if kind == "faiss-fastscan":
+        if K != 16:
+            raise UserError(
+                f"--to=faiss-fastscan: FAISS scans fast with 16 codewords only, this index has "
+                f"{K}; allowed are faiss and faiss-ivfpq"
+            )
+        return faiss.IndexPQFastScan(index_pq(packed, codebooks))
+    if kind == "faiss-ivfpq":
+        return _index_ivfpq(packed, codebooks, nlist)
+    return index_pq(packed, codebooks)
+
+
+def _index_ivfpq(packed: np.ndarray, codebooks: np.ndarray, nlist: int | None) -> faiss.IndexIVFPQ:
+    M, K, d = codebooks.shape
+    N = len(packed)
+    most = max(1, N // TRAINING_POINTS)
+    nlist = min(most, round(4 * N**0.5)) if nlist is None else nlist
+    if nlist > N:
+        raise UserError(f"--nlist={nlist}: is more than the {N} images; allowed are 1 to {N}")
+    coarse = faiss.IndexFlatL2(M * d)
+    index = faiss.IndexIVFPQ(coarse, M * d, nlist, M, word_bits(K))
+    index.by_residual = False  # the codes are of the descriptors themselves
+    sample = np.random.default_rng(0).permutation(N)[: TRAINING_POINTS * nlist]
+    kmeans = faiss.Kmeans(M * d, nlist, seed=1, min_points_per_centroid=1)
+    kmeans.train(decode(packed[np.sort(sample)], codebooks))
+    coarse.add(kmeans.centroids)
+    faiss.copy_array_to_vector(_floats(codebooks).ravel(), index.pq.centroids)
+    index.is_trained = True
+    for start in range(0, N, 1 << 16):
+        piece = np.ascontiguousarray(packed[start : start + (1 << 16)])
+        _, lists = coarse.search(decode(piece, codebooks), 1)
+        ids = np.arange(start, start + len(piece))
+        for number in np.unique(lists):
+            rows = np.flatnonzero(lists[:, 0] == number)
+            index.invlists.add_entries(
+                int(number), len(rows), faiss.swig_ptr(ids[rows]), faiss.swig_ptr(piece[rows])
+            )
+    index.ntotal = N
+    index.nprobe = min(nlist, max(1, nlist // 16))
+    return index
+
+
+def decode(packed: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """Packed codes -> the descriptors they stand for, (N, D) float32."""
+    M, K, _ = codebooks.shape
+    codes = unpack_codes(np.ascontiguousarray(packed), M, K)
+    return _floats(codebooks)[np.arange(M), codes].reshape(len(packed), -1)
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def write_faiss(index: faiss.Index, path: Path) -> None:
+    """Write a FAISS index, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written; an old file stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        content = faiss.serialize_index(index)  # FAISS's own writer hides why a write failed
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
