@@ -28,8 +28,9 @@ try:  # phones write HEIC; Pillow reads it with this package
     pillow_heif.register_heif_opener()
 except ImportError:
     pass
-# read_image has a stricter limit of its own
+# read_image has a stricter limit of its own, and damaged EXIF data harms no picture
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(Exception):

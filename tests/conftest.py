@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import small_cifar
+import small_images
 
 import data.cifar10
 
@@ -40,3 +41,15 @@ def finished(tmp_path_factory, small_files):
         folder = tmp_path_factory.mktemp("finished")
         small_cifar.run(small_files, folder, "--eval_epoch=1")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A small SPQ network's weights, 16 bits, images of 16 pixels; not to be changed."""
+    return small_images.save_model(tmp_path_factory.mktemp("model") / "model.pt", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory) -> Path:
+    """The same network with other weights."""
+    return small_images.save_model(tmp_path_factory.mktemp("other") / "model.pt", seed=1)

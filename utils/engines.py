@@ -175,8 +175,10 @@ def _index_ivfpq(packed: np.ndarray, codebooks: np.ndarray, nlist: int | None) -
         ids = np.arange(start, start + len(piece))
         for number in np.unique(lists):
             rows = np.flatnonzero(lists[:, 0] == number)
+            # swig_ptr does not keep its array alive: these two names do
+            own_ids, own_codes = ids[rows], piece[rows]
             index.invlists.add_entries(
-                int(number), len(rows), faiss.swig_ptr(ids[rows]), faiss.swig_ptr(piece[rows])
+                int(number), len(rows), faiss.swig_ptr(own_ids), faiss.swig_ptr(own_codes)
             )
     index.ntotal = N
     index.nprobe = min(nlist, max(1, nlist // 16))

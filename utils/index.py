@@ -37,7 +37,9 @@ FORMAT = "product-quantization-index"
 VERSION = 1
 PARTS = {"codes": "bin", "paths": "bin", "codebooks": "npy", "model": "pt", "skipped": "jsonl"}
 BLOCK = 1 << 20
-_PART = re.compile("|".join(rf"{part}\.([0-9a-f]{{16}}\.{end}|tmp)" for part, end in PARTS.items()))
+_PART = re.compile(
+    "|".join(rf"{part}\.([0-9a-f]{{16}}\.{end}|tmp(\.tmp)?)" for part, end in PARTS.items())
+)
 _OURS = re.compile(rf"{_PART.pattern}|manifest\.json(\.tmp)?|{STAGING}|\{LOCK}")
 LOCK_SECONDS = 10
 

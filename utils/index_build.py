@@ -1,7 +1,6 @@
 """Fill and change an index: encode images in shards, go on after a kill, add, remove."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -263,13 +262,14 @@ def _encode_share(folder: Path, source: ImageSource, encoding: Encoding) -> None
     planned = split_paths((staging / NAMES).read_bytes())
     root = Path(job["root"])
     shards = _read_shards(staging, encoding)
+    runs = [int(path.name.split("-")[1]) for path in staging.glob("shard-*.npz")]
     left = [name for name in planned if not _is_done(shards, name, root, source.kind)]
     ranks.barrier()  # nobody writes shards before all have read them
     mine = left[ranks.rank :: ranks.world_size]
     done = len(planned) - len(left)
     if done and ranks.is_main:
         print(f"Going on: {done} of {len(planned)} images are encoded already.")
-    shard = _Shard(staging, encoding)
+    shard = _Shard(staging, encoding, run=1 + max(runs, default=0))
     failure = None
     with (
         ThreadPoolExecutor(encoding.threads) as pool,
@@ -339,10 +339,15 @@ def _stamp(name: str, root: Path, kind: str) -> tuple[int, int]:
 
 
 class _Shard:
-    """Collects encoded images and writes them every FLUSH_SECONDS, each file whole."""
+    """Collects encoded images and writes them every FLUSH_SECONDS, each file whole.
 
-    def __init__(self, staging: Path, encoding: Encoding) -> None:
-        self.staging, self.encoding, self.skipped = staging, encoding, 0
+    Files are named by run (1 + those that were killed), rank and number, so that of an image that
+    was encoded twice the later code comes last.
+    """
+
+    def __init__(self, staging: Path, encoding: Encoding, run: int) -> None:
+        self.staging, self.encoding, self.run = staging, encoding, run
+        self.count, self.skipped = 0, 0
         self._clear()
 
     def _clear(self) -> None:
@@ -370,8 +375,8 @@ class _Shard:
         reasons = json.dumps([reason for *_, reason in self.bad]).encode()
         stamps = self.stamps + [stamp for _, stamp, _ in self.bad]
         names = join_paths(self.names) + join_paths(name for name, *_ in self.bad)
-        unique = hashlib.sha256(names).hexdigest()[:16]
-        path = self.staging / f"shard-{self.encoding.ranks.rank}-{unique}.npz"
+        rank = self.encoding.ranks.rank
+        path = self.staging / f"shard-{self.run:04d}-{rank:04d}-{self.count:06d}.npz"
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
             np.savez(
@@ -384,6 +389,7 @@ class _Shard:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        self.count += 1
         self._clear()
 
 

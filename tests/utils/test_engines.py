@@ -1,0 +1,157 @@
+"""FAISS ranks as our exact search does; exports are what other programs load."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from utils.engines import (
+    FaissEngine,
+    OwnEngine,
+    choose_engine,
+    decode,
+    export,
+    merge_codebooks,
+    write_faiss,
+)
+from utils.errors import UserError
+from utils.packing import pack_codes
+from utils.retrieval import adc_distances
+
+# (M, K, d): bytes shared by 8, 4, 2 codes, an odd number of them, whole bytes, and across bytes
+SHAPES = [(8, 16, 16), (3, 16, 4), (5, 4, 3), (7, 2, 4), (4, 256, 8), (4, 8, 4), (1, 4096, 8)]
+# float32 sums of up to 128 squares around 2 each, in another order
+TOLERANCE = 1e-4
+
+
+def coded(M, K, d, N=3000, Q=5):
+    rng = np.random.default_rng(M * K)
+    codebooks = rng.normal(size=(M, K, d)).astype(np.float32)
+    codes = rng.integers(0, K, (N, M))
+    query = rng.normal(size=(Q, M * d)).astype(np.float32)
+    return query, codes, pack_codes(codes, K), codebooks
+
+
+def assert_same_ranking(query, codes, codebooks, dist, index):
+    """Equal distances at each rank, and each item at its own distance: equal up to ties."""
+    every = adc_distances(
+        torch.from_numpy(query), torch.from_numpy(codes), torch.from_numpy(codebooks)
+    ).numpy()
+    k = dist.shape[1]
+    assert np.abs(dist - np.sort(every, axis=1)[:, :k]).max() < TOLERANCE
+    assert np.abs(dist - np.take_along_axis(every, index, axis=1)).max() < TOLERANCE
+    assert all(len(set(row)) == k for row in index.tolist())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("engine", ["faiss", "own"])
+def test_engines_rank_exactly(shape, engine):
+    query, codes, packed, codebooks = coded(*shape)
+    found = choose_engine(packed, codebooks, engine=engine).search(query, 100)
+    assert_same_ranking(query, codes, codebooks, *found)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["faiss", "faiss-ivfpq"])
+def test_exports_rank_exactly(tmp_path, shape, kind):
+    query, codes, packed, codebooks = coded(*shape)
+    write_faiss(export(packed, codebooks, kind), tmp_path / "x.faiss")
+    index = faiss.read_index(str(tmp_path / "x.faiss"))
+    assert index.ntotal == len(codes)
+    if kind == "faiss-ivfpq":
+        assert 1 < index.nlist <= len(codes) // 64 + 1
+        index.nprobe = index.nlist
+    assert_same_ranking(query, codes, codebooks, *index.search(query, 100))
+
+
+def test_ties_come_in_order_of_index():
+    query, _, _, codebooks = coded(4, 16, 4)
+    codes = np.tile(np.arange(16)[:, None] % [16, 8, 4, 2], (20, 1))  # each code 20 times
+    packed = pack_codes(codes, 16)
+    for engine in ("faiss", "own"):
+        dist, index = choose_engine(packed, codebooks, engine=engine).search(query, 60)
+        ties = dist[:, 1:] == dist[:, :-1]
+        assert ties.any()
+        assert (np.diff(index, axis=1)[ties] > 0).all()
+
+
+def test_fastscan_overlaps():
+    query, _, packed, codebooks = coded(8, 16, 16, N=20_000, Q=50)
+    index = export(packed, codebooks, "faiss-fastscan")
+    _, exact = choose_engine(packed, codebooks).search(query, 1000)
+    _, found = index.search(query, 1000)
+    pairs = zip(exact.tolist(), found.tolist(), strict=True)
+    overlap = np.mean([len(set(a) & set(b)) / 1000 for a, b in pairs])
+    assert overlap > 0.98  # look-up tables of 8 bits; the figure on real codes is in results/
+
+
+def test_ivfpq_probes_some_lists_and_finds_most_of_clustered_codes():
+    rng = np.random.default_rng(0)
+    codebooks = rng.normal(size=(8, 16, 4)).astype(np.float32)
+    centres = rng.integers(0, 16, (40, 8))
+    codes = centres[rng.integers(0, 40, 8000)]
+    codes[np.arange(8000), rng.integers(0, 8, 8000)] = rng.integers(0, 16, 8000)
+    packed = pack_codes(codes, 16)
+    index = export(packed, codebooks, "faiss-ivfpq", nlist=64)
+    assert index.nprobe < index.nlist
+    query = decode(packed[:100], codebooks)
+    dist, _ = index.search(query, 1)
+    assert (dist[:, 0] < TOLERANCE).mean() > 0.9  # a code finds itself, or its like
+
+
+def test_auto_takes_faiss_only_where_it_ranks_exactly():
+    _, _, packed, codebooks = coded(8, 16, 4)
+    assert isinstance(choose_engine(packed, codebooks, "squared_l2"), FaissEngine)
+    assert isinstance(choose_engine(packed, codebooks, "l2"), OwnEngine)
+    assert "exact squared L2" in choose_engine(packed, codebooks).name
+    with pytest.raises(UserError, match=r"--engine=faiss: cannot rank by l2"):
+        choose_engine(packed, codebooks, "l2", "faiss")
+
+
+def test_unsquared_distances_are_those_of_the_released_code():
+    query, codes, packed, codebooks = coded(8, 16, 4)
+    dist, index = choose_engine(packed, codebooks, "l2").search(query, 10)
+    words = codebooks[np.arange(8), codes[index[0, 0]]]
+    naive = np.linalg.norm(query[0].reshape(8, 4) - words, axis=1).sum()
+    assert abs(dist[0, 0] - naive) < TOLERANCE
+
+
+def test_what_faiss_cannot_do_is_said():
+    _, _, packed, codebooks = coded(4, 256, 8)
+    with pytest.raises(UserError, match=r"faiss-fastscan: .* 16 codewords only, .* has 256; allow"):
+        export(packed, codebooks, "faiss-fastscan")
+    with pytest.raises(UserError, match=r"--nlist=5000: is more than the 3000 images"):
+        export(packed, codebooks, "faiss-ivfpq", nlist=5000)
+
+
+def test_queries_must_be_finite():
+    query, _, packed, codebooks = coded(8, 16, 4)
+    query[0, 0] = np.nan
+    for engine in ("faiss", "own"):
+        with pytest.raises(ValueError, match="finite"):
+            choose_engine(packed, codebooks, engine=engine).search(query, 3)
+
+
+def test_merged_codebooks_hold_every_combination():
+    codebooks = np.arange(2 * 4 * 3, dtype=np.float32).reshape(2, 4, 3)
+    merged = merge_codebooks(codebooks, 2)
+    assert merged.shape == (1, 16, 6)
+    for a in range(4):
+        for b in range(4):
+            assert merged[0, a + 4 * b].tolist() == [*codebooks[0, a], *codebooks[1, b]]
+
+
+def test_a_few_codes_only():
+    query, codes, packed, codebooks = coded(8, 16, 4, N=3)
+    for kind in ("faiss", "faiss-fastscan", "faiss-ivfpq"):
+        assert export(packed, codebooks, kind).search(query, 3)[1].min() >= 0
+    assert_same_ranking(query, codes, codebooks, *choose_engine(packed, codebooks).search(query, 3))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    _, _, packed, codebooks = coded(8, 16, 4)
+    (tmp_path / "x.faiss").write_bytes(b"old")
+    (tmp_path / "x.faiss.tmp").mkdir()  # in the way
+    with pytest.raises(OSError, match=r"x\.faiss\.tmp"):
+        write_faiss(export(packed, codebooks, "faiss"), tmp_path / "x.faiss")
+    assert (tmp_path / "x.faiss").read_bytes() == b"old"
