@@ -48,11 +48,18 @@ def add_data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     flag = group.add_argument
     flag(
+        "--dataset",
+        choices=("cifar10", "folder"),
+        default="cifar10",
+        help="cifar10: the benchmark; folder: your own images, all below --data_dir, trained on "
+        "without labels and so without mAP",
+    )
+    flag(
         "--data_dir",
         type=Path,
         default=Path("./datasets"),
         metavar="DIR",
-        help="folder with cifar-10-batches-bin or cifar-10-batches-py",
+        help="cifar10: folder with cifar-10-batches-bin or cifar-10-batches-py; folder: the images",
     )
     flag(
         "--if_download",
@@ -313,7 +320,7 @@ def add_run_flags(parser: Parser) -> None:
         type=Path,
         default=None,
         metavar="DIR",
-        help="checkpoint, logs and figures (default: ./runs/<method>_cifar10_<bits>bits)",
+        help="checkpoint, logs and figures (default: ./runs/<method>_<dataset>_<bits>bits)",
     )
     flag(
         "--resume",
@@ -365,6 +372,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     args.given = frozenset(name for name, value in said if value is not _UNSET)
     if args.eval_only and args.resume is None:
         parser.error("--eval_only: needs --resume, a checkpoint or auto")
+    if args.eval_only and args.dataset == "folder":
+        parser.error("--eval_only: a folder has no labels to evaluate with; allowed is cifar10")
+    if args.dataset == "folder" and "data_dir" not in args.given:
+        parser.error("--dataset=folder: needs --data_dir, the folder of images")
     if args.resume == "":
         parser.error("--resume=: is empty; allowed are a checkpoint, its folder, and auto")
     if args.warmup_epochs and args.lr_schedule == "released":
@@ -382,7 +393,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         args.crop_size = args.input_size
     if args.output_dir is None:
         method = parser.prog.removeprefix("main_").removesuffix(".py")
-        args.output_dir = Path("runs") / f"{method}_cifar10_{code_bits(args)}bits"
+        args.output_dir = Path("runs") / f"{method}_{args.dataset}_{code_bits(args)}bits"
     return args
 
 

@@ -15,6 +15,7 @@ from args import parse_args, spq_parser
 from data.augment import SimCLRAugment
 from data.batches import DeviceBatches
 from data.cifar10 import CLASSES, load_cifar10
+from data.folder import load_folder
 from losses import contrastive_loss, cqc_loss
 from models import build_spq
 from utils.cli import run_main
@@ -35,14 +36,18 @@ def main(argv: list[str] | None = None) -> None:
     run = start_run("SPQ", parse_args(spq_parser(), argv))
     args, device, ranks = run.args, run.device, run.ranks
 
-    # CIFAR-10's protocol: the training images are the database, the test images the queries
-    train, test = load_cifar10(args.data_dir, download=args.if_download)
-    run.check_labels(train.labels, test.labels)
-    db = (train.images[: args.limit_db], train.labels[: args.limit_db])
-    query = (test.images[: args.limit_query], test.labels[: args.limit_query])
-    batches = DeviceBatches(
-        train.images[: args.limit_train].to(device), args.batch_size, args.seed, ranks
-    )
+    evaluate = None
+    if args.dataset == "folder":  # no labels: nothing to evaluate with
+        images = load_folder(args.data_dir, args.input_size)
+    else:  # CIFAR-10's protocol: the training images are the database, the test images the queries
+        train, test = load_cifar10(args.data_dir, download=args.if_download)
+        run.check_labels(train.labels, test.labels)
+        images = train.images
+        db = (train.images[: args.limit_db], train.labels[: args.limit_db])
+        query = (test.images[: args.limit_query], test.labels[: args.limit_query])
+        evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
+    images = images[: args.limit_train].to(device)
+    batches = DeviceBatches(images, args.batch_size, args.seed, ranks)
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels
     layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
@@ -66,7 +71,6 @@ def main(argv: list[str] | None = None) -> None:
         x_a, x_b, z_a, z_b = ranks.gather(x_a, x_b, z_a, z_b)  # negatives of all processes
         return criterion(x_a, x_b, z_a, z_b, tau=args.contrastive_temperature)
 
-    evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
     trainer = Trainer(args, "SPQ", model, loss_of, batches, evaluate, ranks, run.checkpoint)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
     report(run, trainer, metrics, CLASSES)

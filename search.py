@@ -101,6 +101,8 @@ def _to_remove(index: Index, args: Namespace) -> Iterable[str]:
         told = {os.path.normpath(path), os.path.relpath(path, index.root)}
         below = tuple(f"{name}{os.sep}" for name in told)
         these = {name for name in known if name in told or name.startswith(below)}
+        if os.path.relpath(path, index.root) == ".":  # the root itself
+            these |= {name for name in known if not name.startswith(f"..{os.sep}")}
         if not these:
             raise UserError(f"{path}: is not in --index={args.index}; nothing was removed")
         found |= these

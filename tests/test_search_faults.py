@@ -71,7 +71,7 @@ def test_killed_builds_go_on_and_end_as_undisturbed(tmp_path, images, tiny_model
                 continue  # not finished: the same command again
             assert files_of(index) == whole[0]  # killed after the commit
         assert process.exitcode in (0, -9)
-        assert len(NAMES) == verify(index).N
+        assert verify(index).N == len(NAMES)
         assert files_of(index) == whole[0]
         finished += 1
 
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_old_index_and_says_so(tmp_path, images, more, ti
         assert "index is as it was before" in said
         process.join()
         assert process.exitcode == 2
-        assert len(NAMES) == verify(index).N
+        assert verify(index).N == len(NAMES)
         assert files_of(index) == whole[0]
     assert finish("add", *_where(more, index)) == 0
     assert files_of(index) == whole[1]
@@ -228,7 +228,7 @@ def test_images_changed_between_kill_and_going_on_are_encoded_anew(tmp_path, tin
     fresh = tmp_path / "fresh"
     assert finish("build", f"--checkpoint={tiny_model}", *_where(images, fresh)) == 0
     assert files_of(index) == files_of(fresh)
-    assert len(NAMES) - 1 == open_index(index).N
+    assert open_index(index).N == len(NAMES) - 1
 
 
 def test_damaged_shards_are_encoded_again(tmp_path, images, tiny_model, whole, capsys):

@@ -173,8 +173,8 @@ def check_model(index: Index, trained: Trained) -> None:
         raise UserError(
             f"--checkpoint: is model {trained.identity[:16]}, and the codes in "
             f"--index={index.folder} were made by model {index.identity[:16]}; codes of one model "
-            "mean nothing to another. Give the model that the index was built with, or leave "
-            "--checkpoint away: the index has its own copy"
+            "mean nothing to another. Give the model that the index was built with (or leave "
+            "--checkpoint away: the index has its own copy), or build it anew with --overwrite"
         )
 
 

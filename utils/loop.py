@@ -68,7 +68,8 @@ class Trainer:
         model: on the device. Its state_dict is what checkpoints hold.
         loss_of: (model, images) -> scalar loss of a batch of uint8 images.
         batches: source of the images.
-        evaluate: model -> list of metric dicts, the headline first.
+        evaluate: model -> list of metric dicts, the headline first; None where there is nothing to
+            evaluate with.
         ranks: this process among the others.
         checkpoint: state to go on from, as `utils.checkpoint.load_checkpoint` returns it.
     """
@@ -80,7 +81,7 @@ class Trainer:
         model: nn.Module,
         loss_of: Callable[[nn.Module, Tensor], Tensor],
         batches: Batches,
-        evaluate: Callable[[nn.Module], list[dict]],
+        evaluate: Callable[[nn.Module], list[dict]] | None,
         ranks: Ranks,
         checkpoint: dict | None = None,
     ) -> None:
@@ -169,7 +170,7 @@ class Trainer:
 
     def fit(self) -> list[dict]:
         """Train to the end and evaluate; returns the last metrics (from the log if nothing was
-        left to do).
+        left to do; none if there is nothing to evaluate with).
 
         Raises:
             TrainingStopped: if it was interrupted, or the loss was not finite.
@@ -237,7 +238,9 @@ class Trainer:
                 if due and not done:
                     metrics = self.evaluate()
                     clock, images = time.perf_counter(), 0
-        if self.last_eval is None or self.last_eval["step"] != self.step:
+        if self.evaluate_model is None:
+            self.save()
+        elif self.last_eval is None or self.last_eval["step"] != self.step:
             self.save()
             metrics = self.evaluate()
         if not self.saved:
@@ -247,9 +250,11 @@ class Trainer:
                 "with --resume=auto (without --overwrite)",
                 exit_code=1,
             )
-        return metrics or [self.last_eval]
+        return metrics or ([self.last_eval] if self.last_eval else [])
 
     def _evaluation_due(self) -> bool:
+        if self.evaluate_model is None:
+            return False
         every = len(self.batches) * self.args.eval_epoch
         evaluated = self.last_eval["step"] if self.last_eval else 0
         return self.step > evaluated and self.step % every == 0

@@ -3,16 +3,14 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
 from PIL import Image
+
+from utils.figures import save
 
 THUMB = 240  # pixels, longest side of a picture in the page
 MOST = 20  # queries, and results of each, that fit on a figure
@@ -94,13 +92,7 @@ def draw(answers: Sequence[Answer], path: Path, title: str) -> None:
         for axis, hit in zip(row[1:], answer.hits, strict=False):
             _show(axis, hit.image, f"{hit.rank}   {hit.distance:.3g}")
     figure.suptitle(title, fontsize=9)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        plt.close(figure)
+    save(figure, path)
 
 
 def _show(axis: plt.Axes, image: Image.Image | None, caption: str) -> None:

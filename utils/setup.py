@@ -141,7 +141,7 @@ def _say_what_changed(args: Namespace, checkpoint: dict, ranks: Ranks) -> None:
     changed = [
         f"--{name}={now[name]} (was {saved.get(name)})"
         for name in now
-        if name not in FREE_FLAGS and now[name] != saved.get(name) and now[name] != "auto"
+        if name not in FREE_FLAGS and now[name] not in (saved.get(name, now[name]), "auto")
     ]
     note = f", with changed {', '.join(changed)}" if changed and not args.eval_only else ""
     verb = "Evaluating" if args.eval_only else "Going on from"
