@@ -1,0 +1,103 @@
+"""Weights on their own: loaded as saved, refused if they do not fit, known by identity."""
+
+import numpy as np
+import pytest
+import torch
+from small_images import ARGS, save_model
+
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import UserError
+from utils.trained import MODEL, identify, load_trained, save_trained
+
+
+def test_weights_come_back_as_they_were(tmp_path, tiny_model):
+    trained = load_trained(tiny_model)
+    save_trained(tmp_path / "model.pt", trained)
+    again = load_trained(tmp_path)  # a folder stands for the file in it
+    assert again.identity == trained.identity
+    assert again.args == trained.args == ARGS
+    for name, value in trained.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)
+    assert not again.model.training
+    assert again.input_size == 16
+
+
+def test_a_training_checkpoint_is_a_model_too(tmp_path, finished):
+    trained = load_trained(finished)
+    save_trained(tmp_path / "model.pt", trained)
+    assert load_trained(tmp_path / "model.pt").identity == trained.identity
+    assert (tmp_path / "model.pt").stat().st_size < 0.5 * (
+        finished / "checkpoint_last.pt"
+    ).stat().st_size
+    saved = load_checkpoint(finished / "checkpoint_last.pt")["model"]
+    assert all(torch.equal(trained.model.state_dict()[name], saved[name]) for name in saved)
+
+
+def test_identity_is_of_all_that_decides_a_code(tmp_path, tiny_model, other_model):
+    trained = load_trained(tiny_model)
+    assert load_trained(other_model).identity != trained.identity
+    larger = trained.args | {"input_size": 32}
+    assert identify("SPQ", larger, trained.model) != trained.identity
+    assert identify("SPQ", trained.args | {"lr": 1.0}, trained.model) == trained.identity
+    with torch.no_grad():  # the last bit of one weight
+        weight = trained.model.quantizer.codebooks[0, 0]
+        weight[0] = float(np.nextafter(np.float32(weight[0]), np.float32(9)))
+    assert identify("SPQ", trained.args, trained.model) != trained.identity
+
+
+def test_half_precision_weights_load_as_float32(tmp_path, tiny_model):
+    trained = load_trained(tiny_model)
+    half = {
+        name: v.bfloat16() if v.is_floating_point() else v
+        for name, v in trained.model.state_dict().items()
+    }
+    torch.save(
+        {"format": MODEL, "version": 1, "method": "SPQ", "args": ARGS, "model": half},
+        tmp_path / "half.pt",
+    )
+    model = load_trained(tmp_path / "half.pt").model
+    assert model.quantizer.codebooks.dtype == torch.float32
+    assert torch.equal(model.quantizer.codebooks, half["quantizer.codebooks"].float())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is a torch file but not of this project; allowed is a checkpoint_l"),
+        ({"version": 99}, "has version 99; this code reads 1"),
+        ({"method": "GPQ2"}, "is a model of GPQ2; allowed is SPQ"),
+        ({"args": ARGS | {"N_books": 8}}, "its weights and its flags do not fit"),
+        ({"args": {}}, "its weights and its flags do not fit"),
+        ({"args": ARGS | {"width": "wide"}}, "its weights and its flags do not fit"),
+        ({"model": {}}, "its weights and its flags do not fit"),
+        ({"model": None}, "its weights and its flags do not fit"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, tiny_model, change, message):
+    content = torch.load(tiny_model, weights_only=True) | change
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=rf"--checkpoint=.*x\.pt: .*{message}"):
+        load_trained(tmp_path / "x.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    path = save_model(tmp_path / "x.pt", seed=0)
+    content = torch.load(path, weights_only=True)
+    content["model"]["head.0.weight"][0, 0] = float("nan")
+    torch.save(content, path)
+    with pytest.raises(UserError, match="has weights that are not finite"):
+        load_trained(path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"--checkpoint=.*nothing\.pt: no such file"):
+        load_trained(tmp_path / "nothing.pt")
+    with pytest.raises(UserError, match=r"checkpoint_last\.pt: no such file"):
+        load_trained(tmp_path)  # a folder without a model
+
+
+def test_a_model_file_is_no_training_to_go_on_with(tmp_path, tiny_model):
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        load_checkpoint(tiny_model)
+    with pytest.raises(OSError, match=r"could not write|No such file"):
+        save_checkpoint(tmp_path / "none" / "x.pt", {})
