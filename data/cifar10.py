@@ -1,8 +1,10 @@
 """CIFAR-10 as uint8 tensors, from either layout on disk, every file checked by its hash.
 
-`python -m data.cifar10 DIR` fetches what is missing into DIR and checks it.
+`python -m data.cifar10 DIR` fetches what is missing into DIR and checks it;
+`python -m data.cifar10 DIR --export PICTURES` also writes the images as PNG files in class folders.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -296,11 +298,38 @@ def rebuild_binary(tarball: Path, folder: Path) -> None:
             np.concatenate([column[:, None], planes], axis=1).tofile(folder / name)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m data.cifar10 DIR")
+def export_png(data_dir: Path, folder: Path) -> int:
+    """Write every image as `folder/train/<class>/<number>.png` or `folder/test/...`, to try search
+    on ordinary files.
+
+    Returns:
+        How many there are.
+    Raises:
+        UserError: if `folder` holds anything already, or cannot be written.
+    """
+    parts = dict(zip(("train", "test"), load_cifar10(data_dir), strict=True))
     try:
-        load_cifar10(sys.argv[1], download=True)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--export={folder}: is not empty; allowed is a new or an empty folder")
+        for name, part in parts.items():
+            for number, (image, label) in enumerate(zip(*part, strict=True)):
+                path = folder / name / CLASSES[int(label)] / f"{number:05d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    except OSError as error:
+        raise UserError(f"--export={folder}: cannot be written: {error}") from error
+    return sum(len(part.labels) for part in parts.values())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m data.cifar10", description="Fetch CIFAR-10.")
+    parser.add_argument("data_dir", type=Path, metavar="DIR", help="where it is, or shall be")
+    parser.add_argument("--export", type=Path, metavar="PICTURES", help="also write PNG files here")
+    words = parser.parse_args()
+    try:
+        load_cifar10(words.data_dir, download=True)
+        print(f"CIFAR-10 is complete in {words.data_dir}")
+        if words.export:
+            print(f"{export_png(words.data_dir, words.export)} PNG files in {words.export}")
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"CIFAR-10 is complete in {sys.argv[1]}")

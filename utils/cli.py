@@ -35,7 +35,9 @@ def run_main(main: Callable[[], None]) -> None:
         if not _out_of_memory(error):
             raise
         code = 1
-        print(f"Out of memory: lower --batch_size or --width. ({error})", file=sys.stderr)
+        print(
+            f"Out of memory: lower --batch_size or the size of the task. ({error})", file=sys.stderr
+        )
     finally:
         Ranks.disconnect()
     sys.exit(code)

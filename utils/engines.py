@@ -6,6 +6,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.packing import unpack_codes, word_bits
@@ -13,6 +14,8 @@ from utils.retrieval import search
 
 ENGINES = ("auto", "faiss", "own")
 EXPORTS = ("faiss", "faiss-fastscan", "faiss-ivfpq")
+KMEANS_ROUNDS = 10  # what FAISS takes for inverted lists
+PIECE = 1 << 16  # codes decoded together
 TRAINING_POINTS = 64  # for each inverted list: what FAISS's k-means is content with, and more
 
 
@@ -164,13 +167,15 @@ def _index_ivfpq(packed: np.ndarray, codebooks: np.ndarray, nlist: int | None) -
     index = faiss.IndexIVFPQ(coarse, M * d, nlist, M, word_bits(K))
     index.by_residual = False  # the codes are of the descriptors themselves
     sample = np.random.default_rng(0).permutation(N)[: TRAINING_POINTS * nlist]
-    kmeans = faiss.Kmeans(M * d, nlist, seed=1, min_points_per_centroid=1)
+    kmeans = faiss.Kmeans(M * d, nlist, niter=KMEANS_ROUNDS, seed=1, min_points_per_centroid=1)
     kmeans.train(decode(packed[np.sort(sample)], codebooks))
     coarse.add(kmeans.centroids)
     faiss.copy_array_to_vector(_floats(codebooks).ravel(), index.pq.centroids)
     index.is_trained = True
-    for start in range(0, N, 1 << 16):
-        piece = np.ascontiguousarray(packed[start : start + (1 << 16)])
+    for start in tqdm(
+        range(0, N, PIECE), unit_scale=PIECE, unit="code", desc="into lists", disable=N <= PIECE
+    ):
+        piece = np.ascontiguousarray(packed[start : start + PIECE])
         _, lists = coarse.search(decode(piece, codebooks), 1)
         ids = np.arange(start, start + len(piece))
         for number in np.unique(lists):

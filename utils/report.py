@@ -4,14 +4,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.analysis import first_of_each_class
 from utils.checkpoint import LAST
 from utils.figures import learning_curve, retrieval_grid
 from utils.logging import METRICS, read_metrics
 from utils.loop import Trainer
-from utils.retrieval import search
 from utils.setup import Run
 
-ROWS, COLUMNS = 10, 10
+COLUMNS = 10  # nearest images drawn
 
 
 def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequence[str]) -> None:
@@ -23,12 +23,15 @@ def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequenc
     Args:
         run: the run that ended.
         trainer: what ran.
-        metrics: of the last evaluation, the headline first.
+        metrics: of the last evaluation, the headline first; none if there were no labels.
         class_names: by class number.
     """
     if not run.ranks.is_main:
         return
     args, folder = run.args, run.args.output_dir
+    if not metrics:
+        _report_unlabelled(run, trainer)
+        return
     head = metrics[0]
     name = f"mAP@{args.Top_N}"
     title = f"{run.method}, {head['code_bits']:g} bits, {name} {head[name]:.3f}"
@@ -58,6 +61,24 @@ def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequenc
         print(f"  {what + ':':18} {path}")
 
 
+def _report_unlabelled(run: Run, trainer: Trainer) -> None:
+    folder, data = run.args.output_dir, run.args.data_dir
+    bits = trainer.model.quantizer.code_bits
+    curve = folder / "learning_curve.png"
+    title = f"{run.method}, {bits:g} bits, images of {data.name}"
+    learning_curve(read_metrics(folder), curve, f"mAP@{run.args.Top_N}", run.args.distance, title)
+    index = folder / "index"
+    print(
+        f"\nTrained to step {trainer.step} at {bits:g} bits; without labels there is no mAP.\n"
+        f"  checkpoint:        {folder / LAST}\n"
+        f"  log:               {folder / METRICS}\n"
+        f"  learning curve:    {curve}\n"
+        "Search with it:\n"
+        f"  python search.py build --checkpoint {folder} --images {data} --index {index}\n"
+        f"  python search.py query --index {index} --image IMAGE --html result.html"
+    )
+
+
 def _draw_retrieval(trainer: Trainer, path: Path, class_names: Sequence[str], title: str) -> None:
     """The first query of each class and what it finds."""
     evaluation = trainer.evaluate_model
@@ -66,10 +87,8 @@ def _draw_retrieval(trainer: Trainer, path: Path, class_names: Sequence[str], ti
             evaluation.encode(trainer.model)
     x, codes = evaluation.encoded
     (images, labels), (db_images, db_labels) = evaluation.query, evaluation.db
-    rows = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()][:ROWS]
     codebooks = trainer.model.quantizer.codebooks.detach().float()
-    _, index = search(x[rows], codes, codebooks, COLUMNS, evaluation.distances[0])
-    index = index.cpu()
+    rows, index = first_of_each_class(x, labels, codes, codebooks, COLUMNS, evaluation.distances[0])
     retrieval_grid(
         images[rows].cpu(),
         labels[rows].tolist(),

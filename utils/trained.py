@@ -53,7 +53,10 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
     try:
         if path.is_dir():
             names = (LAST, "model.pt")
-            path = next((path / name for name in names if (path / name).is_file()), path / LAST)
+            found = [path / name for name in names if (path / name).is_file()]
+            if not found:
+                raise UserError(f"{flag}={path}: holds neither {' nor '.join(names)}")
+            path = found[0]
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be read: {error}") from error
     state = read_torch(path, flag)

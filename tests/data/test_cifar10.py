@@ -270,3 +270,16 @@ def test_the_real_set():
     # published mean of the training set, float64 sums
     want = torch.tensor([0.49139968, 0.48215841, 0.44653091], dtype=torch.float64)
     torch.testing.assert_close(mean, want, atol=1e-6, rtol=0)
+
+
+def test_exported_files_are_the_images(tmp_path, small_set):
+    out = tmp_path / "pictures"
+    assert cifar10.export_png(small_set, out) == 360
+    train, test = load_cifar10(small_set)
+    assert len(list(out.glob("train/*/*.png"))) == 300
+    with Image.open(out / "train" / "bird" / "00012.png") as image:  # labels go round: 12 is 2
+        assert (np.asarray(image) == train.images[12].permute(1, 2, 0).numpy()).all()
+    with Image.open(out / "test" / "truck" / "00059.png") as image:
+        assert (np.asarray(image) == test.images[59].permute(1, 2, 0).numpy()).all()
+    with pytest.raises(UserError, match=r"--export=.*: is not empty; allowed is a new"):
+        cifar10.export_png(small_set, out)

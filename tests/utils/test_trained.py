@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"--checkpoint=.*nothing\.pt: no such file"):
         load_trained(tmp_path / "nothing.pt")
-    with pytest.raises(UserError, match=r"checkpoint_last\.pt: no such file"):
+    with pytest.raises(UserError, match=r"holds neither checkpoint_last\.pt nor model\.pt"):
         load_trained(tmp_path)  # a folder without a model
 
 
