@@ -15,6 +15,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
@@ -30,6 +31,7 @@ from data.images import (
     ImageError,
     ImageSource,
     batched,
+    load_square,
     open_images,
     to_array,
 )
@@ -257,7 +259,7 @@ def _encoding(args: Namespace, trained: Trained) -> Encoding:
         trained,
         choose_device(args, ranks, quiet=True),
         args.batch_size,
-        args.max_pixels,
+        partial(load_square, side=trained.input_size, max_pixels=args.max_pixels),
         args.num_workers or os.cpu_count() or 1,
         getattr(args, "strict", False),
         ranks,

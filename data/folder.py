@@ -5,12 +5,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.images import MAX_PIXELS, ImageError, ImageSource, batched, open_images, to_array
+from data.images import batched, load_square, open_images
 from utils.errors import UserError
 
 SHOWN_FAULTS = 5
@@ -51,7 +50,7 @@ def load_folder(folder: Path, side: int) -> Tensor:
         ) as bar,
     ):
         for names in batched(source.names, 1024):
-            read = pool.map(lambda name: _read(source, name, side), names)
+            read = pool.map(lambda name: load_square(source, name, side), names)
             for name, result in zip(names, read, strict=True):
                 if isinstance(result, str):
                     faults.append((name, result))
@@ -66,11 +65,3 @@ def load_folder(folder: Path, side: int) -> Tensor:
     if not kept:
         raise UserError(f"--data_dir={folder}: none of its images can be read")
     return images[:kept]
-
-
-def _read(source: ImageSource, name: str, side: int) -> np.ndarray | str:
-    """(3, side, side) uint8, or the reason why not."""
-    try:
-        return to_array(source.read(name, MAX_PIXELS, side), side)
-    except ImageError as error:
-        return str(error)

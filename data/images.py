@@ -163,6 +163,16 @@ class ImageSource(Protocol):
         """As `read_image`."""
 
 
+def load_square(
+    source: ImageSource, name: str, side: int, max_pixels: int = MAX_PIXELS
+) -> np.ndarray | str:
+    """An image as networks take it, uint8 (3, side, side), or the reason why there is none."""
+    try:
+        return to_array(source.read(name, max_pixels, side), side)
+    except ImageError as error:
+        return str(error)
+
+
 class Files:
     """Images below a folder, or those that a list names. See `ImageSource`."""
 

@@ -12,12 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.images import ImageError, ImageSource, batched, to_array
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.index import (
@@ -41,6 +41,22 @@ FLUSH_SECONDS = 20.0  # at most this much work is lost by a kill
 WAIT = timedelta(days=7)  # that a rank waits for the others
 
 
+class ImageSource(Protocol):
+    """A set of images with names, `data.images.Files` for one.
+
+    Attributes:
+        kind: "files", or a data set's name.
+        root: folder that names are relative to.
+        names: of all images, each once; the order of the set.
+        faults: (name, reason) of what could not even be listed.
+    """
+
+    kind: str
+    root: Path
+    names: list[str]
+    faults: list[tuple[str, str]]
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How images become codes.
@@ -49,8 +65,9 @@ class Encoding:
         trained: the model.
         device: where it runs.
         batch_size: images in one forward pass.
-        max_pixels: the largest image that is decoded.
-        threads: that decode.
+        load: (source, name) -> the image as the model takes it, uint8 (3, side, side), or the
+            reason why there is none.
+        threads: that load.
         strict: stop at the first image that cannot be read.
         ranks: the processes that share the work.
     """
@@ -58,7 +75,7 @@ class Encoding:
     trained: Trained
     device: torch.device
     batch_size: int
-    max_pixels: int
+    load: Callable[[ImageSource, str], np.ndarray | str]
     threads: int
     strict: bool = False
     ranks: Ranks = Ranks()  # noqa: RUF009 (frozen)
@@ -78,14 +95,6 @@ class Encoding:
             batch = torch.from_numpy(images).to(self.device).float() / 255.0
             codes = self.trained.model.encode(batch).cpu().numpy()
         return pack_codes(codes, self.trained.model.quantizer.K)
-
-    def read(self, source: ImageSource, name: str) -> np.ndarray | str:
-        """uint8 (3, side, side), or the reason why there is none."""
-        side = self.trained.input_size
-        try:
-            return to_array(source.read(name, self.max_pixels, side), side)
-        except ImageError as error:
-            return str(error)
 
 
 # --- what is asked for --------------------------------------------------------------------------
@@ -284,7 +293,8 @@ def _encode_share(folder: Path, source: ImageSource, encoding: Encoding) -> None
         ) as bar,
     ):
         read = _Reader(pool, encoding, source, root)
-        groups = batched(mine, encoding.batch_size)
+        size = encoding.batch_size
+        groups = (mine[i : i + size] for i in range(0, len(mine), size))
         try:
             coming = read.start(next(groups, []))
             while coming and failure is None:
@@ -321,7 +331,7 @@ class _Reader:
     def _start(self, name: str) -> tuple:
         stamp = _stamp(name, self.root, self.source.kind)  # before it is read
         own = _rebase(name, self.root, self.source.root)
-        return stamp, self.pool.submit(self.encoding.read, self.source, own)
+        return stamp, self.pool.submit(self.encoding.load, self.source, own)
 
 
 def _stamp(name: str, root: Path, kind: str) -> tuple[int, int]:
