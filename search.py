@@ -38,12 +38,12 @@ from data.images import (
 from utils.cli import run_main
 from utils.device import choose_device
 from utils.distributed import Ranks
-from utils.engines import choose_engine, export, write_faiss
 from utils.errors import UserError
-from utils.index import Index, join_paths, open_index, verify
-from utils.index_build import Encoding, add, build, check_model, remove
 from utils.loop import TrainingStopped
-from utils.search_page import Answer, Hit, as_json, as_page, as_table, draw, printable
+from utils.search.build import Encoding, add, build, check_model, remove
+from utils.search.engines import choose_engine, export, write_faiss
+from utils.search.index import Index, join_paths, open_index, verify
+from utils.search.page import Answer, Hit, as_json, as_page, as_table, draw, printable
 from utils.trained import Trained, load_trained
 
 SHOWN_PIXELS = 400  # of pictures in figures and pages, longest side

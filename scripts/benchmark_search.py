@@ -28,12 +28,12 @@ from args import count, positive_int
 from data.cifar10 import load_cifar10
 from utils.cli import run_main
 from utils.device import describe_hardware
-from utils.engines import FaissEngine, OwnEngine, decode, export
 from utils.errors import UserError
 from utils.evaluation import describe_images, encode_images
 from utils.flags import HelpFormatter, Parser
-from utils.packing import pack_codes, unpack_codes
 from utils.retrieval import lookup_tables
+from utils.search.engines import FaissEngine, OwnEngine, decode, export
+from utils.search.packing import pack_codes, unpack_codes
 from utils.trained import load_trained
 
 ROOT = Path(__file__).resolve().parent.parent

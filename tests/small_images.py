@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from models import build_spq
-from utils.index import open_index
+from utils.search.index import open_index
 from utils.trained import Trained, identify, save_trained
 
 ARGS = {
@@ -76,12 +76,12 @@ def _child(words: list[str], flush: float, limit: int | None, die_at: int | None
     import signal
 
     import search
-    import utils.index_build
+    import utils.search.build
     from utils.cli import run_main
 
     torch.set_num_threads(1)
     os.environ["TQDM_DISABLE"] = "1"
-    utils.index_build.FLUSH_SECONDS = flush
+    utils.search.build.FLUSH_SECONDS = flush
     if limit is not None:  # bytes that a file may have, like a disk that is full from there on
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if die_at is not None:

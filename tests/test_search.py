@@ -18,8 +18,8 @@ from small_images import files_of, make_images
 import search
 from data.images import to_array
 from utils.errors import UserError
-from utils.index import open_index, split_paths
-from utils.packing import pack_codes
+from utils.search.index import open_index, split_paths
+from utils.search.packing import pack_codes
 from utils.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from small_images import files_of, finish, make_images, save_model, start
 
 import search
 from utils.errors import UserError
-from utils.index import MANIFEST, open_index, verify
+from utils.search.index import MANIFEST, open_index, verify
 
 NAMES = [f"{c}/{i}.png" for c in "ab" for i in range(40)]
 MORE = [f"c/{i}.png" for i in range(40)]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.index import (
+from utils.search.index import (
     MANIFEST,
     STAGING,
     Index,
@@ -32,7 +32,7 @@ from utils.index import (
     split_paths,
     writing,
 )
-from utils.packing import code_bytes, pack_codes
+from utils.search.packing import code_bytes, pack_codes
 from utils.trained import Trained
 
 JOB = "job.json"

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from utils.packing import code_bytes, pack_codes, unpack_codes, word_bits
+from utils.search.packing import code_bytes, pack_codes, unpack_codes, word_bits
 
 SHAPES = [(M, K) for M in (1, 3, 8) for K in (2, 4, 8, 16, 32, 256, 512, 4096, 65536)]
 

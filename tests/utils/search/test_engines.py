@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils.engines import (
+from utils.errors import UserError
+from utils.retrieval import adc_distances
+from utils.search.engines import (
     FaissEngine,
     OwnEngine,
     choose_engine,
@@ -14,9 +16,7 @@ from utils.engines import (
     merge_codebooks,
     write_faiss,
 )
-from utils.errors import UserError
-from utils.packing import pack_codes
-from utils.retrieval import adc_distances
+from utils.search.packing import pack_codes
 
 # (M, K, d): bytes shared by 8, 4, 2 codes, an odd number of them, whole bytes, and across bytes
 SHAPES = [(8, 16, 16), (3, 16, 4), (5, 4, 3), (7, 2, 4), (4, 256, 8), (4, 8, 4), (1, 4096, 8)]

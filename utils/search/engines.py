@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.packing import unpack_codes, word_bits
 from utils.retrieval import search
+from utils.search.packing import unpack_codes, word_bits
 
 ENGINES = ("auto", "faiss", "own")
 EXPORTS = ("faiss", "faiss-fastscan", "faiss-ivfpq")
@@ -77,7 +77,7 @@ def choose_engine(
     """The engine that --engine means; `auto` is FAISS where its ranking is exact.
 
     Args:
-        packed: (N, code_bytes) uint8, see utils.packing.
+        packed: (N, code_bytes) uint8, see utils.search.packing.
         codebooks: (M, K, d) float32.
         distance: "squared_l2" or "l2".
         engine: "auto", "faiss" or "own".

@@ -1,7 +1,7 @@
 """A search index on disk: packed codes, codebooks, model and paths, changed whole or not at all.
 
     INDEX/manifest.json          what the index is; names every other file, its bytes and SHA-256
-    INDEX/codes.<hash>.bin       (N, code_bytes) packed codes, see utils.packing
+    INDEX/codes.<hash>.bin       (N, code_bytes) packed codes, see utils.search.packing
     INDEX/paths.<hash>.bin       N paths relative to the root, each ended by a NUL byte
     INDEX/codebooks.<hash>.npy   (M, K, d) float32
     INDEX/model.<hash>.pt        the network that made the codes; queries need it
@@ -27,7 +27,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from utils.errors import UserError
-from utils.packing import code_bytes, unpack_codes, word_bits
+from utils.search.packing import code_bytes, unpack_codes, word_bits
 from utils.trained import Trained, load_trained, save_trained
 
 MANIFEST = "manifest.json"
