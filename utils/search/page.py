@@ -81,22 +81,23 @@ def draw(answers: Sequence[Answer], path: Path, title: str) -> None:
     answers = answers[:MOST]
     columns = 1 + min(MOST, max(len(answer.hits) for answer in answers))
     rows = len(answers)
-    width, height = 1.15 * columns + 0.4, 1.5 * rows + 0.5  # inches
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), squeeze=False, constrained_layout=True
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, answer in zip(axes, answers, strict=True):
-        _show(row[0], answer.image, "query")
-        for axis, hit in zip(row[1:], answer.hits, strict=False):
-            _show(axis, hit.image, f"{hit.rank}   {hit.distance:.3g}")
-    figure.suptitle(title, fontsize=9)
+    cell, head = 1.15, 0.35  # inches: a picture with its caption, the title
+    width, height = cell * columns, 1.2 * cell * rows + head
+    figure = plt.figure(figsize=(width, height))
+    for row, answer in enumerate(answers):
+        cells = [(answer.image, "query")]
+        cells += [(hit.image, f"{hit.rank}   {hit.distance:.3g}") for hit in answer.hits]
+        for column, (image, caption) in enumerate(cells[:columns]):
+            left, bottom = cell * column + 0.05, height - head - 1.2 * cell * (row + 1) + 0.05
+            place = (left / width, bottom / height, 1.05 / width, 1.05 / height)
+            _show(figure.add_axes(place), image, caption)
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top")
     save(figure, path)
 
 
 def _show(axis: plt.Axes, image: Image.Image | None, caption: str) -> None:
-    axis.set_title(caption, fontsize=8)
+    axis.axis("off")
+    axis.set_title(caption, fontsize=8, pad=2)
     if image is None:
         axis.text(0.5, 0.5, "cannot\nbe read", ha="center", va="center", fontsize=8)
         return

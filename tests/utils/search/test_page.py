@@ -44,10 +44,11 @@ def test_pages_hold_reduced_pictures_and_escaped_names():
     assert len(page) < 60_000
 
 
-def test_figures_draw_no_more_than_fits(tmp_path):
-    draw([answer(hits=30)] * 25, tmp_path / "x.png", "title")
-    with Image.open(tmp_path / "x.png") as image:
-        wide, high = image.size
-    draw([answer(hits=20)] * 20, tmp_path / "y.png", "title")
-    with Image.open(tmp_path / "y.png") as image:
-        assert image.size == (wide, high)
+@pytest.mark.parametrize(("many", "drawn"), [((1, 30), (1, 20)), ((25, 1), (20, 1))])
+def test_figures_draw_no_more_than_fits(tmp_path, many, drawn):
+    sizes = []
+    for queries, hits in (many, drawn):
+        draw([answer(hits)] * queries, tmp_path / "x.png", "title")
+        with Image.open(tmp_path / "x.png") as image:
+            sizes.append(image.size)
+    assert sizes[0] == sizes[1]
