@@ -10,6 +10,7 @@ With rel[i] = 1 if the item at rank i is relevant, and P(i) = sum_{j <= i} rel[j
 The released SPQ code and most of the hashing literature report the first.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -100,16 +101,40 @@ def evaluate_retrieval(
     Raises:
         ValueError: if numbers of labels and vectors differ, or there are no queries.
     """
-    Q, N = len(query), len(db_codes)
-    if len(query_labels) != Q or len(db_labels) != N:
-        raise ValueError(
-            f"{Q} queries with {len(query_labels)} labels, {N} items with {len(db_labels)} labels"
-        )
-    if Q == 0:
-        raise ValueError("there are no queries")
-    if top_n < 1:
-        raise ValueError(f"top_n must be at least 1, got {top_n}")
-    depth = N if whole_ranking else min(top_n, N)
+    _check_numbers(len(query), len(query_labels), len(db_codes), len(db_labels), top_n)
+    depth = len(db_codes) if whole_ranking else min(top_n, len(db_codes))
+    rankings = ranked(query, db_codes, codebooks, depth, distance)
+    figures = evaluate_rankings(rankings, query_labels, db_labels, depth, top_n, whole_ranking)
+    return {"distance": distance} | figures
+
+
+def evaluate_rankings(
+    rankings: Iterable[tuple[slice, Tensor]],
+    query_labels: Tensor,
+    db_labels: Tensor,
+    depth: int,
+    top_n: int = 1000,
+    whole_ranking: bool = False,
+) -> dict[str, float | int | dict[str, list[float]]]:
+    """Every retrieval metric of rankings that are given, whatever they were ranked by.
+
+    Args:
+        rankings: pairs (rows, index): a slice of the queries, and for each of them the items
+            (len(rows), depth) int64, best first. The slices hold every query once; an index is
+            done with before the next pair is asked for.
+        query_labels, db_labels: single-label (Q,), (N,) or multi-label (Q, C), (N, C).
+        depth: how far the rankings go, at least min(top_n, N).
+        top_n: the n of mAP@n; larger than the database means the whole database.
+        whole_ranking: the rankings hold the whole database: report mAP@all.
+    Returns:
+        As `evaluate_retrieval`, without the name of a distance.
+    Raises:
+        ValueError: if there are no queries, rankings are too short, or they miss a query.
+    """
+    Q, N = len(query_labels), len(db_labels)
+    _check_numbers(Q, Q, N, N, top_n)
+    if not (N if whole_ranking else min(top_n, N)) <= depth <= N:
+        raise ValueError(f"rankings of {depth} items are too short or too long for {N} items")
     relevant_of = _Relevance(query_labels.cpu(), db_labels.cpu())
     cutoffs = sorted({n for n in (*PRECISION_CUTOFFS, top_n) if n <= min(top_n, N)})
     curve = curve_cutoffs(depth)
@@ -134,8 +159,12 @@ def evaluate_retrieval(
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        for rows, part in ranked(query, db_codes, codebooks, depth, distance):
+        ranked_queries = 0
+        for rows, part in rankings:
             index = part.cpu().numpy()
+            if index.shape != (rows.stop - rows.start, depth):
+                raise ValueError(f"queries {rows} have rankings of shape {index.shape}")
+            ranked_queries += len(index)
 
             def work(share: range, rows: slice = rows, index: np.ndarray = index) -> None:
                 buffer = np.empty(depth, dtype=bool)
@@ -143,12 +172,14 @@ def evaluate_retrieval(
                     score(rows.start + i, index[i], buffer)
 
             list(pool.map(work, [range(t, len(index), threads) for t in range(threads)]))
+    if ranked_queries != Q:
+        raise ValueError(f"{Q} queries, but rankings of {ranked_queries}")
 
     n_relevant, hits = table[:, 3], table[:, 4]
     at_cutoffs, at_curve = np.split(table[:, 5:], [len(cutoffs)], axis=1)
     found, relevant, whole = table[:, :3].mean(axis=0).tolist()
     share = 1 / np.maximum(1, n_relevant)
-    result = {"distance": distance, f"mAP@{top_n}": found, f"mAP@{top_n}_all_relevant": relevant}
+    result = {f"mAP@{top_n}": found, f"mAP@{top_n}_all_relevant": relevant}
     if whole_ranking:
         result["mAP@all"] = whole
     for n, value in zip(cutoffs, at_cutoffs.mean(axis=0).tolist(), strict=True):
@@ -162,6 +193,18 @@ def evaluate_retrieval(
     result["queries"] = Q
     result["queries_without_relevant"] = int((n_relevant == 0).sum())
     return result
+
+
+def _check_numbers(Q: int, query_labels: int, N: int, db_labels: int, top_n: int) -> None:
+    """Raise ValueError unless every vector has its label and there is something to score."""
+    if query_labels != Q or db_labels != N:
+        raise ValueError(
+            f"{Q} queries with {query_labels} labels, {N} items with {db_labels} labels"
+        )
+    if Q == 0:
+        raise ValueError("there are no queries")
+    if top_n < 1:
+        raise ValueError(f"top_n must be at least 1, got {top_n}")
 
 
 class _Relevance:

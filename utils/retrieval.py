@@ -126,6 +126,37 @@ def ranked(
         yield rows, keys
 
 
+def nearest(dist: Tensor, k: int, item_of: Tensor | None = None) -> Tensor:
+    """The k items of smallest distance, where distances come from elsewhere than tables.
+
+    Args:
+        dist: (Q, U) distances, not negative; they are compared in float32.
+        k: neighbours wanted; with fewer items, all of them are returned.
+        item_of: (N,) integers: item n has the distances of column item_of[n]; None: N = U, and
+            each item has its own.
+    Returns:
+        index (Q, min(k, N)) int64, nearest first. Items of equal distance come in order of their
+        index.
+    Raises:
+        ValueError: if k < 1, there are no or too many items, or a distance is negative or not
+            finite.
+    """
+    U = dist.shape[1]
+    item_of = torch.arange(U, device=dist.device) if item_of is None else item_of
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if not 0 < len(item_of) <= _INDEX_MASK:
+        raise ValueError(f"a database holds 1 to {_INDEX_MASK} items; got {len(item_of)}")
+    if not (int(item_of.min()) >= 0 and int(item_of.max()) < U):
+        raise ValueError(f"item_of must lie in [0, {U})")
+    dist = dist.float()
+    if not (torch.isfinite(dist).all() and (dist >= 0).all()):
+        raise ValueError("distances must be finite and not negative")
+    smallest = _SmallestNumpy() if dist.device.type == "cpu" else _smallest_torch
+    dist = dist.abs().contiguous()  # -0.0 orders before 0.0 as an integer
+    return smallest([dist], [item_of], 0, k) & _INDEX_MASK
+
+
 # --- how it works -------------------------------------------------------------------------------
 #
 # 1. The tables of up to three codebooks of 16 words are merged into one of 4,096 entries, so 8

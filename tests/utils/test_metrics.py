@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from utils import retrieval
-from utils.metrics import average_precision, evaluate_retrieval, relevance
+from utils.metrics import average_precision, evaluate_rankings, evaluate_retrieval, relevance
 from utils.retrieval import adc_distances
 
 
@@ -183,3 +183,33 @@ def test_bad_input_is_named():
         relevance(torch.zeros(2, 3), torch.zeros(5, 4))
     with pytest.raises(ValueError, match="both be single-label"):
         relevance(torch.zeros(2), torch.zeros(5, 4))
+
+
+def test_given_rankings_are_scored_as_those_that_it_ranks_itself():
+    data = make()
+    labels = data["query_labels"], data["db_labels"]
+    dist = adc_distances(data["query"], data["db_codes"], data["codebooks"])
+    order = dist.sort(dim=1, stable=True).indices
+    parts = [(slice(0, 5), order[:5]), (slice(5, 12), order[5:])]
+    want = evaluate_retrieval(**data, top_n=15)
+    got = evaluate_rankings(parts, *labels, depth=80, top_n=15, whole_ranking=True)
+    assert got == {name: value for name, value in want.items() if name != "distance"}
+    heads = ((rows, index[:, :15]) for rows, index in parts)
+    head = evaluate_rankings(heads, *labels, depth=15, top_n=15)
+    assert head["mAP@15"] == want["mAP@15"]
+    assert "mAP@all" not in head
+
+
+def test_given_rankings_must_hold_every_query_and_go_far_enough():
+    labels = torch.zeros(4), torch.zeros(30)
+    index = torch.arange(10).repeat(4, 1)
+    whole = [(slice(0, 4), index)]
+    assert evaluate_rankings(whole, *labels, depth=10, top_n=10)["mAP@10"] == 1.0
+    with pytest.raises(ValueError, match="rankings of 10 items are too short or too long for 30"):
+        evaluate_rankings(whole, *labels, depth=10, top_n=20)
+    with pytest.raises(ValueError, match="too short or too long"):
+        evaluate_rankings(whole, *labels, depth=10, top_n=10, whole_ranking=True)
+    with pytest.raises(ValueError, match=r"rankings of shape \(4, 9\)"):
+        evaluate_rankings([(slice(0, 4), index[:, 1:])], *labels, depth=10, top_n=10)
+    with pytest.raises(ValueError, match="4 queries, but rankings of 3"):
+        evaluate_rankings([(slice(0, 3), index[:3])], *labels, depth=10, top_n=10)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from utils import retrieval
-from utils.retrieval import adc_distances, lookup_tables, ranked, search
+from utils.retrieval import adc_distances, lookup_tables, nearest, ranked, search
 
 M, K, d = 5, 16, 3
 DISTANCES = pytest.mark.parametrize("distance", ["squared_l2", "l2"])
@@ -152,3 +152,29 @@ def test_memory_stays_bounded_with_many_words(monkeypatch):
     search(torch.randn(256, d), torch.randint(0, K, (10, 1)), torch.randn(1, K, d), 5)
     # (rows, K, d) float32 differences and their squares
     assert max(rows) * K * d * 8 <= retrieval.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("k", [1, 20, 60, 99])
+def test_nearest_of_given_distances_orders_ties_by_index(k):
+    dist = torch.randint(0, 5, (4, 60)) / 4.0
+    want = [sorted(range(60), key=lambda n: (row[n], n))[:k] for row in dist.tolist()]
+    assert nearest(dist, k).tolist() == want
+    item_of = torch.randint(0, 60, (200,))  # items that share their distances
+    shared = dist[:, item_of]
+    want = [sorted(range(200), key=lambda n: (row[n], n))[:k] for row in shared.tolist()]
+    assert nearest(dist, k, item_of).tolist() == want
+
+
+def test_nearest_takes_minus_zero_for_zero():
+    assert nearest(torch.tensor([[0.0, -0.0, 0.0]]), 3).tolist() == [[0, 1, 2]]
+
+
+def test_nearest_names_bad_input():
+    with pytest.raises(ValueError, match="not negative"):
+        nearest(torch.tensor([[-1.0, 2.0]]), 1)
+    with pytest.raises(ValueError, match="finite"):
+        nearest(torch.tensor([[float("nan"), 2.0]]), 1)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        nearest(torch.ones(1, 2), 0)
+    with pytest.raises(ValueError, match=r"item_of must lie in \[0, 2\)"):
+        nearest(torch.ones(1, 2), 1, torch.tensor([0, 2]))
