@@ -513,6 +513,20 @@ def search_parser() -> Parser:
         help="inverted lists of faiss-ivfpq (default: 4 sqrt(N), at most N / 64)",
     )
     export.add_argument(
+        "--like",
+        type=Path,
+        metavar="FILE",
+        help="faiss-ivfpq: take the centres of the lists from another export, so that both can be "
+        "merged or searched together (default: k-means)",
+    )
+    export.add_argument(
+        "--first_id",
+        type=count,
+        default=0,
+        metavar="N",
+        help="faiss-ivfpq: FAISS's id of the first image, so that parts of a set do not collide",
+    )
+    export.add_argument(
         "--overwrite",
         action=BooleanFlag,
         default=False,
@@ -615,6 +629,10 @@ def parse_search_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "remove" and not args.paths and not args.missing:
         parser.error("remove: nothing to remove; allowed are paths, and --missing")
-    if args.command == "export" and args.nlist and args.to != "faiss-ivfpq":
-        parser.error(f"--nlist={args.nlist}: only --to=faiss-ivfpq has lists")
+    if args.command == "export":
+        lists = [name for name in ("nlist", "like", "first_id") if getattr(args, name)]
+        if lists and args.to != "faiss-ivfpq":
+            parser.error(f"--{lists[0]}: only --to=faiss-ivfpq has inverted lists")
+        if args.nlist and args.like:
+            parser.error("--nlist: contradicts --like, which has its number of lists")
     return args

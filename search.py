@@ -41,7 +41,7 @@ from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.loop import TrainingStopped
 from utils.search.build import Encoding, add, build, check_model, remove
-from utils.search.engines import choose_engine, export, write_faiss
+from utils.search.engines import Lists, choose_engine, export, read_ivfpq, write_faiss
 from utils.search.index import Index, join_paths, open_index, verify
 from utils.search.page import Answer, Hit, as_json, as_page, as_table, draw, printable
 from utils.trained import Trained, load_trained
@@ -151,12 +151,14 @@ def run_export(args: Namespace) -> None:
             raise UserError(f"--output={args.output}: {place} is there already; --overwrite it")
     if index.N == 0:
         raise UserError(f"--index={args.index}: is empty; add images first")
-    found = export(index.packed, index.codebooks(), args.to, args.nlist)
+    like = read_ivfpq(args.like) if args.like else None
+    lists = Lists(args.nlist, like, args.first_id)
+    found = export(index.packed, index.codebooks(), args.to, lists)
     write_faiss(found, args.output)
     paths.write_bytes(join_paths(index.paths))
     print(
         f"{type(found).__name__} of {index.N} images: {args.output}\n"
-        f"paths, each ended by a NUL byte, number i that of FAISS's id i: {paths}\n"
+        f"paths, each ended by a NUL byte, the first that of FAISS's id {args.first_id}: {paths}\n"
         "Queries are descriptors x of the model; they are not normalised."
     )
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Protocol
 
@@ -50,16 +50,25 @@ class Engine(Protocol):
         """dist (Q, k) ascending and index (Q, k)."""
 
 
-def build(name: str, packed: np.ndarray, codebooks: np.ndarray, nprobe: int) -> Engine:
+def build(name: str, packed: np.ndarray, codebooks: np.ndarray) -> Engine:
     """The engine called `name`."""
     if name == "own":
         return OwnEngine(packed, codebooks, "squared_l2")
     if name == "default":
         return FaissEngine(packed, codebooks)
-    index = export(packed, codebooks, "faiss" if name == "indexpq" else f"faiss-{name}")
-    if name == "ivfpq":
-        index.nprobe = min(nprobe, index.nlist)
-    return index
+    return export(packed, codebooks, "faiss" if name == "indexpq" else f"faiss-{name}")
+
+
+class Probing:
+    """An IVF index that looks into `nprobe` of its lists; several of them share one index."""
+
+    def __init__(self, index: faiss.IndexIVF, nprobe: int) -> None:
+        self.index, self.nprobe = index, min(nprobe, index.nlist)
+
+    def search(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """dist (Q, k) ascending and index (Q, k)."""
+        self.index.nprobe = self.nprobe
+        return self.index.search(query, k)
 
 
 def make_codes(args: Namespace) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,7 +132,7 @@ def agreement(
 def memory_of(name: str, args: Namespace, files: Path) -> dict[str, float]:
     """MiB that a process of its own needs for an engine and a search; seconds to build it."""
     words = [sys.executable, __file__, f"--memory_of={name}", f"--files={files}"]
-    words += [f"--nprobe={args.nprobe}", f"--k={args.k}", f"--threads={args.threads}"]
+    words += [f"--k={args.k}", f"--threads={args.threads}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-500:]}")
@@ -138,7 +147,7 @@ def measure_memory(args: Namespace) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of imports
     before = _kib("VmRSS")
     start = time.perf_counter()
-    engine = build(args.memory_of, packed, codebooks, args.nprobe)
+    engine = build(args.memory_of, packed, codebooks)
     seconds = time.perf_counter() - start
     for k in args.k_list:
         engine.search(query, k)
@@ -166,11 +175,9 @@ def measure(args: Namespace) -> dict:
         "code_bytes": packed.shape[1],
         "queries": len(query),
         "rounds": args.rounds,
-        "engines": {name: {} for name in args.engine_list},
+        "engines": {},
     }
-    if "ivfpq" in args.engine_list:
-        result["nprobe"] = args.nprobe
-    figures = result["engines"]
+    figures, needs = result["engines"], {}
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         arrays = {"packed": packed, "codebooks": codebooks, "query": query}
@@ -178,14 +185,19 @@ def measure(args: Namespace) -> dict:
             np.save(files / f"{name}.npy", array)
         for name in args.engine_list:
             print(f"memory of {name} ...", file=sys.stderr)
-            figures[name] |= memory_of(name, args, files)
+            needs[name] = memory_of(name, args, files)
     engines = {}
     for name in args.engine_list:
         print(f"building {name} ...", file=sys.stderr)
-        engines[name] = build(name, packed, codebooks, args.nprobe)
+        engine = build(name, packed, codebooks)
         if name == "ivfpq":
-            result["nlist"] = engines[name].nlist
-    reference = engines.get("default") or build("default", packed, codebooks, args.nprobe)
+            result["nlist"] = engine.nlist
+            for nprobe in args.nprobe_list:
+                engines[f"ivfpq, nprobe {nprobe}"] = Probing(engine, nprobe)
+                figures[f"ivfpq, nprobe {nprobe}"] = dict(needs[name])
+        else:
+            engines[name], figures[name] = engine, needs[name]
+    reference = engines.get("default") or build("default", packed, codebooks)
     for k in args.k_list:
         exact = reference.search(query, k)
         times: dict = {name: {"one": [], "many": []} for name in engines}
@@ -241,7 +253,7 @@ def parser() -> Parser:
     flag("--k", default="10,1000", metavar="N,N", help="neighbours wanted")
     flag("--codes", choices=("uniform", "clustered", "cifar10"), default="uniform", help="of what")
     flag("--engines", default="own,indexpq,default,fastscan", metavar="NAME,NAME", help="timed")
-    flag("--nprobe", type=positive_int, default=16, metavar="N", help="lists ivfpq looks into")
+    flag("--nprobe", default="16", metavar="N,N", help="lists ivfpq looks into, each timed")
     flag("--rounds", type=positive_int, default=5, metavar="N", help="turns of each engine")
     flag("--threads", type=positive_int, default=torch.get_num_threads(), metavar="N", help="used")
     flag("--seed", type=count, default=0, metavar="N", help="of made codes")
@@ -259,6 +271,13 @@ def parser() -> Parser:
     return parser
 
 
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [positive_int(word) for word in text.split(",")]
+    except ArgumentTypeError as error:
+        raise UserError(f"{flag}={text}: {error}") from error
+
+
 def main() -> None:
     """Measure and print."""
     args = parser().parse_args()
@@ -266,10 +285,8 @@ def main() -> None:
     unknown = sorted(set(args.engine_list) - set(ENGINES))
     if unknown:
         raise UserError(f"--engines={args.engines}: allowed are {', '.join(ENGINES)}")
-    try:
-        args.k_list = [positive_int(k) for k in args.k.split(",")]
-    except Exception as error:
-        raise UserError(f"--k={args.k}: {error}") from error
+    args.k_list = _numbers("--k", args.k)
+    args.nprobe_list = _numbers("--nprobe", args.nprobe)
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     if args.memory_of:

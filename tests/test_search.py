@@ -342,7 +342,10 @@ def test_cifar10_end_to_end(tmp_path, small_set, finished, capsys):
         (["remove", "--index=x"], "nothing to remove; allowed are paths, and --missing"),
         (["query", "--index=x", "--image=y", "--k=0"], "--k: 0: must be a whole number at least 1"),
         (["export", "--index=x", "--to=annoy", "--output=y"], "invalid choice: 'annoy'"),
-        (["export", "--index=x", "--to=faiss", "--output=y", "--nlist=3"], "only --to=faiss-ivfpq"),
+        (
+            ["export", "--index=x", "--to=faiss", "--output=y", "--nlist=3"],
+            "only --to=faiss-ivfpq has inverted lists",
+        ),
         (["query", "--index=x", "--image=y", "--ndex=3"], "unrecognized arguments: --ndex=3"),
     ],
 )

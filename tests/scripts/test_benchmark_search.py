@@ -23,7 +23,7 @@ def made(tiny_model):
 
 def test_agreement_with_itself_and_with_a_worse_ranking(made):
     packed, codebooks, query = made
-    own = benchmark_search.build("own", packed, codebooks, 1)
+    own = benchmark_search.build("own", packed, codebooks)
     dist, index = own.search(query, 500)
     exact = dist[:, :20], index[:, :20]
     told = benchmark_search.agreement(query, packed, codebooks, exact, exact)
@@ -47,7 +47,12 @@ def test_clustered_codes_are_near_their_centres(tiny_model):
 def test_the_command(tmp_path, tiny_model):
     out = tmp_path / "out.json"
     words = ["--items=3000", "--queries=4", "--singles=2", "--k=5", "--rounds=1"]
-    words += ["--engines=default,fastscan", f"--checkpoint={tiny_model}", f"--output={out}"]
+    words += [
+        "--engines=default,fastscan,ivfpq",
+        "--nprobe=2,9999",
+        f"--checkpoint={tiny_model}",
+        f"--output={out}",
+    ]
     done = subprocess.run(
         [sys.executable, "scripts/benchmark_search.py", *words],
         cwd=ROOT,
@@ -58,6 +63,8 @@ def test_the_command(tmp_path, tiny_model):
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["engines"]["default"]["k5"]["overlap"] == 1
+    assert result["engines"]["ivfpq, nprobe 9999"]["k5"]["overlap"] == 1  # all lists: exact
+    assert result["engines"]["ivfpq, nprobe 2"]["k5"]["overlap"] < 1
     assert result["engines"]["fastscan"]["k5"]["queries_per_s"] > 0
     assert "| default |" in done.stdout
     done = subprocess.run(

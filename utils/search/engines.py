@@ -1,6 +1,7 @@
 """Search engines over packed codes: FAISS where it ranks exactly, our own for the rest; exports."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
@@ -128,8 +129,24 @@ def index_pq(packed: np.ndarray, codebooks: np.ndarray) -> faiss.IndexPQ:
 # --- exports ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Lists:
+    """How faiss-ivfpq is divided.
+
+    Attributes:
+        nlist: inverted lists (default: 4 sqrt(N), at most N / 64).
+        like: take the lists' centres from this index, so that indexes of several parts of a set
+            can be merged or searched together.
+        first_id: FAISS's id of the first image; later ones count on.
+    """
+
+    nlist: int | None = None
+    like: faiss.IndexIVFPQ | None = None
+    first_id: int = 0
+
+
 def export(
-    packed: np.ndarray, codebooks: np.ndarray, kind: str, nlist: int | None = None
+    packed: np.ndarray, codebooks: np.ndarray, kind: str, lists: Lists | None = None
 ) -> faiss.Index:
     """The codes as a FAISS index that any program with FAISS searches.
 
@@ -139,7 +156,7 @@ def export(
         kind: "faiss": IndexPQ, exact; "faiss-fastscan": IndexPQFastScan, K = 16 only, many times
             as fast, look-up tables rounded to 8 bits, so the ranking is approximate;
             "faiss-ivfpq": IndexIVFPQ without residuals, exact if all lists are probed.
-        nlist: inverted lists of faiss-ivfpq (default: 4 sqrt(N), at most N / 64).
+        lists: of faiss-ivfpq.
     Raises:
         UserError: if FAISS cannot hold these codes in that index.
     """
@@ -152,41 +169,71 @@ def export(
             )
         return faiss.IndexPQFastScan(index_pq(packed, codebooks))
     if kind == "faiss-ivfpq":
-        return _index_ivfpq(packed, codebooks, nlist)
+        return _index_ivfpq(packed, codebooks, lists or Lists())
     return index_pq(packed, codebooks)
 
 
-def _index_ivfpq(packed: np.ndarray, codebooks: np.ndarray, nlist: int | None) -> faiss.IndexIVFPQ:
+def _index_ivfpq(packed: np.ndarray, codebooks: np.ndarray, lists: Lists) -> faiss.IndexIVFPQ:
     M, K, d = codebooks.shape
     N = len(packed)
-    most = max(1, N // TRAINING_POINTS)
-    nlist = min(most, round(4 * N**0.5)) if nlist is None else nlist
-    if nlist > N:
-        raise UserError(f"--nlist={nlist}: is more than the {N} images; allowed are 1 to {N}")
+    centres = _centres(packed, codebooks, lists)
     coarse = faiss.IndexFlatL2(M * d)
-    index = faiss.IndexIVFPQ(coarse, M * d, nlist, M, word_bits(K))
+    coarse.add(centres)
+    index = faiss.IndexIVFPQ(coarse, M * d, len(centres), M, word_bits(K))
     index.by_residual = False  # the codes are of the descriptors themselves
-    sample = np.random.default_rng(0).permutation(N)[: TRAINING_POINTS * nlist]
-    kmeans = faiss.Kmeans(M * d, nlist, niter=KMEANS_ROUNDS, seed=1, min_points_per_centroid=1)
-    kmeans.train(decode(packed[np.sort(sample)], codebooks))
-    coarse.add(kmeans.centroids)
     faiss.copy_array_to_vector(_floats(codebooks).ravel(), index.pq.centroids)
     index.is_trained = True
     for start in tqdm(
         range(0, N, PIECE), unit_scale=PIECE, unit="code", desc="into lists", disable=N <= PIECE
     ):
         piece = np.ascontiguousarray(packed[start : start + PIECE])
-        _, lists = coarse.search(decode(piece, codebooks), 1)
-        ids = np.arange(start, start + len(piece))
-        for number in np.unique(lists):
-            rows = np.flatnonzero(lists[:, 0] == number)
+        _, nearest = coarse.search(decode(piece, codebooks), 1)
+        ids = lists.first_id + np.arange(start, start + len(piece))
+        for number in np.unique(nearest):
+            rows = np.flatnonzero(nearest[:, 0] == number)
             # swig_ptr does not keep its array alive: these two names do
             own_ids, own_codes = ids[rows], piece[rows]
             index.invlists.add_entries(
                 int(number), len(rows), faiss.swig_ptr(own_ids), faiss.swig_ptr(own_codes)
             )
     index.ntotal = N
-    index.nprobe = min(nlist, max(1, nlist // 16))
+    index.nprobe = min(index.nlist, max(1, index.nlist // 16))
+    return index
+
+
+def _centres(packed: np.ndarray, codebooks: np.ndarray, lists: Lists) -> np.ndarray:
+    """Of the inverted lists, (nlist, D) float32."""
+    N, D = len(packed), codebooks.shape[0] * codebooks.shape[2]
+    if lists.like is not None:
+        found = faiss.vector_to_array(lists.like.pq.centroids)
+        if not np.array_equal(found, _floats(codebooks).ravel()):
+            raise UserError("--like: is an index of other codebooks; allowed is one of this model")
+        return lists.like.quantizer.reconstruct_n(0, lists.like.nlist)
+    nlist = lists.nlist or min(max(1, N // TRAINING_POINTS), round(4 * N**0.5))
+    if nlist > N:
+        raise UserError(f"--nlist={nlist}: is more than the {N} images; allowed are 1 to {N}")
+    sample = np.random.default_rng(0).permutation(N)[: TRAINING_POINTS * nlist]
+    kmeans = faiss.Kmeans(D, nlist, niter=KMEANS_ROUNDS, seed=1, min_points_per_centroid=1)
+    kmeans.train(decode(packed[np.sort(sample)], codebooks))
+    return kmeans.centroids
+
+
+def read_ivfpq(path: Path) -> faiss.IndexIVFPQ:
+    """A file that `write_faiss` wrote of a faiss-ivfpq export.
+
+    Raises:
+        UserError: if it is not there, or is something else.
+    """
+    try:
+        index = faiss.deserialize_index(np.fromfile(path, dtype=np.uint8))
+    except OSError as error:
+        raise UserError(f"--like={path}: cannot be read: {error}") from error
+    except RuntimeError as error:
+        raise UserError(f"--like={path}: is not a FAISS index, or a damaged one") from error
+    if not isinstance(index, faiss.IndexIVFPQ):
+        raise UserError(
+            f"--like={path}: is an {type(index).__name__}; allowed is an export to faiss-ivfpq"
+        )
     return index
 
 

@@ -4,16 +4,19 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from faiss.contrib.ondisk import merge_ondisk
 
 from utils.errors import UserError
 from utils.retrieval import adc_distances
 from utils.search.engines import (
     FaissEngine,
+    Lists,
     OwnEngine,
     choose_engine,
     decode,
     export,
     merge_codebooks,
+    read_ivfpq,
     write_faiss,
 )
 from utils.search.packing import pack_codes
@@ -92,7 +95,7 @@ def test_ivfpq_probes_some_lists_and_finds_most_of_clustered_codes():
     codes = centres[rng.integers(0, 40, 8000)]
     codes[np.arange(8000), rng.integers(0, 8, 8000)] = rng.integers(0, 16, 8000)
     packed = pack_codes(codes, 16)
-    index = export(packed, codebooks, "faiss-ivfpq", nlist=64)
+    index = export(packed, codebooks, "faiss-ivfpq", Lists(nlist=64))
     assert index.nprobe < index.nlist
     query = decode(packed[:100], codebooks)
     dist, _ = index.search(query, 1)
@@ -121,7 +124,7 @@ def test_what_faiss_cannot_do_is_said():
     with pytest.raises(UserError, match=r"faiss-fastscan: .* 16 codewords only, .* has 256; allow"):
         export(packed, codebooks, "faiss-fastscan")
     with pytest.raises(UserError, match=r"--nlist=5000: is more than the 3000 images"):
-        export(packed, codebooks, "faiss-ivfpq", nlist=5000)
+        export(packed, codebooks, "faiss-ivfpq", Lists(nlist=5000))
 
 
 def test_queries_must_be_finite():
@@ -155,3 +158,43 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match=r"x\.faiss\.tmp"):
         write_faiss(export(packed, codebooks, "faiss"), tmp_path / "x.faiss")
     assert (tmp_path / "x.faiss").read_bytes() == b"old"
+
+
+def test_parts_of_a_set_are_searched_and_merged_by_faiss_as_the_whole(tmp_path):
+    """docs/scaling.md rests on this."""
+    query, codes, packed, codebooks = coded(8, 16, 4)
+    first = export(packed[:1000], codebooks, "faiss-ivfpq", Lists(nlist=16))
+    write_faiss(first, tmp_path / "first")
+    lists = Lists(like=read_ivfpq(tmp_path / "first"), first_id=1000)
+    write_faiss(export(packed[1000:], codebooks, "faiss-ivfpq", lists), tmp_path / "second")
+    parts = [faiss.read_index(str(tmp_path / name)) for name in ("first", "second")]
+    for part in parts:
+        part.nprobe = 16
+    together = faiss.IndexShards(32, False, False)  # ids are the set's already
+    for part in parts:
+        together.add_shard(part)
+    assert_same_ranking(query, codes, codebooks, *together.search(query, 100))
+
+    empty = faiss.read_index(str(tmp_path / "first"))
+    empty.reset()
+    files = [str(tmp_path / name) for name in ("first", "second")]
+    merge_ondisk(empty, files, str(tmp_path / "lists"))
+    faiss.write_index(empty, str(tmp_path / "merged"))
+    merged = faiss.read_index(str(tmp_path / "merged"))
+    merged.nprobe = 16
+    assert_same_ranking(query, codes, codebooks, *merged.search(query, 100))
+
+
+def test_lists_of_another_model_are_refused(tmp_path):
+    _, _, packed, codebooks = coded(8, 16, 4)
+    like = export(packed, codebooks + 1, "faiss-ivfpq")
+    with pytest.raises(UserError, match="--like: is an index of other codebooks"):
+        export(packed, codebooks, "faiss-ivfpq", Lists(like=like))
+    write_faiss(export(packed, codebooks, "faiss"), tmp_path / "pq")
+    with pytest.raises(UserError, match=r"--like=.*pq: is an IndexPQ; allowed is an export to fai"):
+        read_ivfpq(tmp_path / "pq")
+    (tmp_path / "text").write_text("no index")
+    with pytest.raises(UserError, match=r"--like=.*text: is not a FAISS index"):
+        read_ivfpq(tmp_path / "text")
+    with pytest.raises(UserError, match=r"--like=.*none: cannot be read"):
+        read_ivfpq(tmp_path / "none")
