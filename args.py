@@ -17,6 +17,7 @@ from utils.schedule import SCHEDULES
 
 LOSSES = ("cqc", "cqc-paper", "contrastive")
 OPTIMIZERS = ("adam", "adamw", "sgd")
+FIGURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg")
 _UNSET = object()
 
 
@@ -577,7 +578,8 @@ def add_decoding_flags(parser: Parser) -> None:
         type=positive_int,
         default=MAX_PIXELS,
         metavar="N",
-        help="width * height of the largest image that is decoded; one takes 4 bytes a pixel",
+        help="width * height of the largest image that is decoded; decoding takes up to 16 bytes a "
+        "pixel in each of the --num_workers threads",
     )
     flag(
         "--batch_size",
@@ -627,6 +629,12 @@ def parse_search_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse search.py's command line; exits with code 2 on bad input."""
     parser = search_parser()
     args = parser.parse_args(argv)
+    words = [getattr(args, "images", None), getattr(args, "image", None)]
+    if "" in [*words, *getattr(args, "paths", ())]:
+        parser.error("an empty path: allowed are names of files and folders")
+    figure = getattr(args, "figure", None)
+    if figure is not None and figure.suffix.lower() not in FIGURE_ENDINGS:
+        parser.error(f"--figure={figure}: allowed endings are {', '.join(FIGURE_ENDINGS)}")
     if args.command == "remove" and not args.paths and not args.missing:
         parser.error("remove: nothing to remove; allowed are paths, and --missing")
     if args.command == "export":

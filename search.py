@@ -8,6 +8,7 @@ and is compared with codewords through look-up tables.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -15,10 +16,11 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -33,7 +35,6 @@ from data.images import (
     batched,
     load_square,
     open_images,
-    to_array,
 )
 from utils.cli import run_main
 from utils.device import choose_device
@@ -43,7 +44,7 @@ from utils.loop import TrainingStopped
 from utils.search.build import Encoding, add, build, check_model, remove
 from utils.search.engines import Lists, choose_engine, export, read_ivfpq, write_faiss
 from utils.search.index import Index, join_paths, open_index, verify
-from utils.search.page import Answer, Hit, as_json, as_page, as_table, draw, printable
+from utils.search.page import MOST, Answer, Hit, as_json, as_page, as_table, draw, printable
 from utils.trained import Trained, load_trained
 
 SHOWN_PIXELS = 400  # of pictures in figures and pages, longest side
@@ -53,6 +54,9 @@ SHOWN_FAULTS = 10
 def main(argv: list[str] | None = None) -> None:
     """Parse, and do what the command says."""
     args = parse_search_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold letters that a terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     COMMANDS[args.command](args)
 
 
@@ -99,11 +103,13 @@ def _to_remove(index: Index, args: Namespace) -> Iterable[str]:
             )
         found |= {name for name in known if not os.path.lexists(index.root / name)}
     for path in args.paths:
-        # as the index tells it, or as the shell does
-        told = {os.path.normpath(path), os.path.relpath(path, index.root)}
+        # as the index tells it, or as the shell does; the root is told without links
+        folder, name = os.path.split(os.path.abspath(path))
+        real = os.path.relpath(os.path.join(os.path.realpath(folder), name), index.root)
+        told = {os.path.normpath(path), os.path.relpath(path, index.root), real}
         below = tuple(f"{name}{os.sep}" for name in told)
         these = {name for name in known if name in told or name.startswith(below)}
-        if os.path.relpath(path, index.root) == ".":  # the root itself
+        if real == ".":  # the root itself
             these |= {name for name in known if not name.startswith(f"..{os.sep}")}
         if not these:
             raise UserError(f"{path}: is not in --index={args.index}; nothing was removed")
@@ -145,6 +151,8 @@ def run_verify(args: Namespace) -> None:
 def run_export(args: Namespace) -> None:
     """search.py export"""
     index = open_index(args.index)
+    if not args.output.name or not args.output.parent.is_dir() or args.output.is_dir():
+        raise UserError(f"--output={args.output}: is not a file in a folder that exists")
     paths = args.output.with_name(args.output.name + ".paths")
     for place in (args.output, paths):
         if place.exists() and not args.overwrite:
@@ -153,9 +161,11 @@ def run_export(args: Namespace) -> None:
         raise UserError(f"--index={args.index}: is empty; add images first")
     like = read_ivfpq(args.like) if args.like else None
     lists = Lists(args.nlist, like, args.first_id)
-    found = export(index.packed, index.codebooks(), args.to, lists)
-    write_faiss(found, args.output)
-    paths.write_bytes(join_paths(index.paths))
+    found = export(index.packed, index.codebooks, args.to, lists)
+    try:
+        write_faiss(found, args.output, {paths: join_paths(index.paths)})
+    except OSError as error:
+        raise UserError(f"--output={args.output}: cannot be written: {error}") from error
     print(
         f"{type(found).__name__} of {index.N} images: {args.output}\n"
         f"paths, each ended by a NUL byte, the first that of FAISS's id {args.first_id}: {paths}\n"
@@ -173,22 +183,22 @@ def run_query(args: Namespace) -> None:
         raise UserError(f"--index={args.index}: is empty; add images first")
     if args.checkpoint is not None:
         check_model(index, load_trained(args.checkpoint))
-    encoding = _encoding(args, index.model())
-    queries = _read_queries(args, index, encoding.trained.input_size)
-    engine = choose_engine(index.packed, index.codebooks(), args.distance, args.engine)
-    arrays = [query.array for query in queries]
-    x = np.concatenate([encoding.describe(np.stack(b)) for b in batched(arrays, args.batch_size)])
+    source, names, x = _read_queries(args, index, _encoding(args, index.model()))
+    engine = choose_engine(index.packed, index.codebooks, args.distance, args.engine)
     start = time.perf_counter()
     dist, found = engine.search(x, min(args.k, index.N))
-    milliseconds = 1000 * (time.perf_counter() - start) / len(queries)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(names)
 
-    see = _viewer(index, args) if args.figure or args.html else lambda path: None
+    see_query, see_hit = _viewer(source, args), _viewer(_source_of(index, args), args)
     answers = []
-    for query, row_dist, row in zip(queries, dist.tolist(), found.tolist(), strict=True):
-        paths = [index.paths[i] for i in row]
-        ranked = enumerate(zip(paths, row_dist, strict=True), start=1)
-        hits = [Hit(rank, path, d, see(path)) for rank, (path, d) in ranked]
-        answers.append(Answer(query.name, query.picture, hits))
+    for q, (name, *row) in enumerate(zip(names, found.tolist(), dist.tolist(), strict=True)):
+        # a page shows everything, a figure what fits on it, a table nothing
+        shown = args.k if args.html else MOST if args.figure and q < MOST else 0
+        hits = [
+            Hit(rank, path := index.paths[i], d, see_hit(path) if rank <= shown else None)
+            for rank, (i, d) in enumerate(zip(*row, strict=True), start=1)
+        ]
+        answers.append(Answer(name, see_query(name) if shown else None, hits))
     note = f"{index.N} images of {index.manifest['code_bits']} bits, {engine.name}"
     if args.json:
         content = {"engine": engine.name, "distance": args.distance, "images": index.N}
@@ -203,59 +213,61 @@ def run_query(args: Namespace) -> None:
         _write(args.html, "--html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
-class _Query(NamedTuple):
-    name: str
-    array: np.ndarray  # (3, side, side) uint8, what the network sees
-    picture: Image.Image  # reduced, what a person sees
-
-
-def _read_queries(args: Namespace, index: Index, side: int) -> list[_Query]:
-    """The images that --image means; unreadable ones of a folder are named and left out."""
+def _read_queries(
+    args: Namespace, index: Index, encoding: Encoding
+) -> tuple[ImageSource, list[str], np.ndarray]:
+    """The images that --image means: their source, their names and, encoded as the index's images
+    were, their descriptors (Q, D). Unreadable ones of a folder are named and left out."""
     source: ImageSource
     if index.kind == CIFAR10_NAME and not os.path.lexists(args.image):
-        source = Cifar10Images(args.data_dir)
+        source = Cifar10Images(args.root or index.root)
         source.names = [args.image]
     else:
         source = open_images(args.image, args.data_dir, flag="--image")
-    queries, faults = [], list(source.faults)
-    for name in source.names:
-        try:
-            image = source.read(name, args.max_pixels, max(side, SHOWN_PIXELS))
-            queries.append(_Query(name, to_array(image, side), _reduced(image)))
-        except ImageError as error:
-            faults.append((name, str(error)))
-    if not queries:
+    names, descriptors, faults = [], [], list(source.faults)
+    load = partial(encoding.load, source)
+    with ThreadPoolExecutor(encoding.threads) as pool:
+        for group in batched(source.names, encoding.batch_size):
+            results = list(zip(group, pool.map(load, group), strict=True))
+            good = [(name, found) for name, found in results if not isinstance(found, str)]
+            faults += [(name, found) for name, found in results if isinstance(found, str)]
+            if good:
+                names += [name for name, _ in good]
+                descriptors.append(encoding.describe(np.stack([array for _, array in good])))
+    if not names:
         raise UserError(f"--image={args.image}: {printable(faults[0][0])} {faults[0][1]}")
     for name, reason in faults:
-        print(f"left out: {printable(name)} {reason}", file=sys.stderr)
-    return queries
+        print(f"left out: {printable(name)} {printable(reason)}", file=sys.stderr)
+    return source, names, np.concatenate(descriptors)
 
 
-def _viewer(index: Index, args: Namespace) -> Callable[[str], Image.Image | None]:
-    """path -> its picture, reduced; None if it cannot be read any more."""
-    if index.kind == CIFAR10_NAME:
-        source = Cifar10Images(args.root or index.root)
-    else:
-        source = Files(args.root or index.root, [], [], 0)
+def _source_of(index: Index, args: Namespace) -> ImageSource:
+    """Where the index's own images are."""
+    root = args.root or index.root
+    if index.kind == CIFAR10_NAME and (args.figure or args.html):  # a table needs no data set
+        return Cifar10Images(root)
+    return Files(root, [], [], 0)
 
-    def see(path: str) -> Image.Image | None:
+
+def _viewer(source: ImageSource, args: Namespace) -> Callable[[str], Image.Image | None]:
+    """name -> its picture, reduced; None if it cannot be read any more."""
+
+    def see(name: str) -> Image.Image | None:
         try:
-            return _reduced(source.read(path, args.max_pixels, SHOWN_PIXELS))
+            image = source.read(name, args.max_pixels, SHOWN_PIXELS)
         except ImageError:
             return None
+        image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+        return image
 
     return see
-
-
-def _reduced(image: Image.Image) -> Image.Image:
-    image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-    return image
 
 
 # --- parts --------------------------------------------------------------------------------------
 
 
 def _encoding(args: Namespace, trained: Trained) -> Encoding:
+    Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow's own guard, for what it opens by itself
     ranks = Ranks.from_environment()
     return Encoding(
         trained,
@@ -269,7 +281,6 @@ def _encoding(args: Namespace, trained: Trained) -> Encoding:
 
 
 def _images(args: Namespace) -> ImageSource:
-    Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow's own guard, for what it opens by itself
     return open_images(args.images, args.data_dir, args.if_download)
 
 
@@ -300,11 +311,11 @@ def _tell_filled(index: Index, before: int) -> None:
 
 
 def _tell_skipped(index: Index) -> None:
-    skipped = index.skipped()
+    skipped = index.skipped
     if skipped:
         print(f"{len(skipped)} left out, all in {index.file('skipped')}:")
     for row in skipped[:SHOWN_FAULTS]:
-        print(f"  {printable(row['path'])}: {row['reason']}")
+        print(f"  {printable(row['path'])}: {printable(row['reason'])}")
     if len(skipped) > SHOWN_FAULTS:
         print(f"  and {len(skipped) - SHOWN_FAULTS} more")
 

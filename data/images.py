@@ -1,5 +1,6 @@
 """Images as users have them: found on disk, decoded whatever their kind, faults in a phrase."""
 
+import contextlib
 import os
 import stat
 import warnings
@@ -51,7 +52,7 @@ def read_image(
     Args:
         path: a regular file.
         max_pixels: width * height of the largest image that is decoded.
-        side: the size it will be reduced to, pixels: a JPEG of more than four times that is then
+        side: the size it will be reduced to, pixels: a JPEG of at least eight times that is then
             decoded at a half, quarter or eighth of its size, which is much faster.
     Returns:
         A PIL image of mode RGB.
@@ -97,10 +98,9 @@ def _is_heic(path: str | Path) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF data: the picture itself is good
-        return image
+    with contextlib.suppress(Exception):  # damaged EXIF data: the picture itself is good
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -112,14 +112,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_integers(values: np.ndarray) -> np.ndarray:
     """16-bit samples, which Pillow may hold in 32 bits -> uint8."""
     if values.size and not 0 <= int(values.min()) <= int(values.max()) <= 65535:
         raise ImageError("has 32-bit samples, whose white is unknown; allowed are 0 to 65535")
-    return np.rint(values / 257).astype(np.uint8)  # 65535 / 255 = 257
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
 
 
 def _from_floats(values: np.ndarray) -> np.ndarray:
@@ -226,8 +226,8 @@ def open_images(
         if path.is_dir():
             source = find_images(path)
         elif path.is_file():
-            is_image = path.suffix.lower() in EXTENSIONS
-            folder = Path(os.path.abspath(path.parent))
+            is_image = path.suffix.lower() in EXTENSIONS or _is_known_image(path)
+            folder = Path(os.path.realpath(path.parent))
             source = Files(folder, [path.name], [], 0) if is_image else read_list(path)
         elif spec == CIFAR10_NAME:
             return Cifar10Images(data_dir, download)
@@ -246,13 +246,22 @@ def open_images(
     return source
 
 
+def _is_known_image(path: Path) -> bool:
+    """Whether a file without an image's ending is one."""
+    try:
+        with Image.open(path, formats=_known_formats()):
+            return True
+    except Exception:  # whatever the decoders trip over: not an image
+        return False
+
+
 def find_images(folder: Path) -> Files:
     """All files below `folder` that have an image's ending, in order of their paths.
 
     Links are followed, each folder is entered once, so links in a circle come to an end. Names
     that begin with a dot are passed over. Folders that cannot be entered are faults.
     """
-    root = os.path.abspath(folder)
+    root = os.path.realpath(folder)  # one name for each image, however the folder is told
     names: list[str] = []
     faults: list[tuple[str, str]] = []
     ignored = 0
@@ -285,7 +294,7 @@ def read_list(path: Path) -> Files:
     relative to the list's folder. Empty lines and repeated paths are passed over."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     lines = content.split(b"\0") if b"\0" in content else content.splitlines()
-    root = os.path.abspath(path.parent)
+    root = os.path.realpath(path.parent)
     full = [os.path.join(root, os.fsdecode(line)) for line in lines if line.strip()]
     names = list(dict.fromkeys(os.path.relpath(name, root) for name in full))
     return Files(Path(root), names, [], 0)

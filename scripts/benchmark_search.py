@@ -32,7 +32,7 @@ from utils.errors import UserError
 from utils.evaluation import describe_images, encode_images
 from utils.flags import HelpFormatter, Parser
 from utils.retrieval import lookup_tables
-from utils.search.engines import FaissEngine, OwnEngine, decode, export
+from utils.search.engines import FaissEngine, Lists, OwnEngine, decode, export
 from utils.search.packing import pack_codes, unpack_codes
 from utils.trained import load_trained
 
@@ -50,13 +50,14 @@ class Engine(Protocol):
         """dist (Q, k) ascending and index (Q, k)."""
 
 
-def build(name: str, packed: np.ndarray, codebooks: np.ndarray) -> Engine:
+def build(name: str, packed: np.ndarray, codebooks: np.ndarray, nlist: int | None) -> Engine:
     """The engine called `name`."""
     if name == "own":
         return OwnEngine(packed, codebooks, "squared_l2")
     if name == "default":
         return FaissEngine(packed, codebooks)
-    return export(packed, codebooks, "faiss" if name == "indexpq" else f"faiss-{name}")
+    kind = "faiss" if name == "indexpq" else f"faiss-{name}"
+    return export(packed, codebooks, kind, Lists(nlist))
 
 
 class Probing:
@@ -133,6 +134,7 @@ def memory_of(name: str, args: Namespace, files: Path) -> dict[str, float]:
     """MiB that a process of its own needs for an engine and a search; seconds to build it."""
     words = [sys.executable, __file__, f"--memory_of={name}", f"--files={files}"]
     words += [f"--k={args.k}", f"--threads={args.threads}"]
+    words += [f"--nlist={args.nlist}"] if args.nlist else []
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr[-500:]}")
@@ -147,7 +149,7 @@ def measure_memory(args: Namespace) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was of imports
     before = _kib("VmRSS")
     start = time.perf_counter()
-    engine = build(args.memory_of, packed, codebooks)
+    engine = build(args.memory_of, packed, codebooks, args.nlist)
     seconds = time.perf_counter() - start
     for k in args.k_list:
         engine.search(query, k)
@@ -189,7 +191,7 @@ def measure(args: Namespace) -> dict:
     engines = {}
     for name in args.engine_list:
         print(f"building {name} ...", file=sys.stderr)
-        engine = build(name, packed, codebooks)
+        engine = build(name, packed, codebooks, args.nlist)
         if name == "ivfpq":
             result["nlist"] = engine.nlist
             for nprobe in args.nprobe_list:
@@ -197,7 +199,7 @@ def measure(args: Namespace) -> dict:
                 figures[f"ivfpq, nprobe {nprobe}"] = dict(needs[name])
         else:
             engines[name], figures[name] = engine, needs[name]
-    reference = engines.get("default") or build("default", packed, codebooks)
+    reference = engines.get("default") or build("default", packed, codebooks, None)
     for k in args.k_list:
         exact = reference.search(query, k)
         times: dict = {name: {"one": [], "many": []} for name in engines}
@@ -253,6 +255,7 @@ def parser() -> Parser:
     flag("--k", default="10,1000", metavar="N,N", help="neighbours wanted")
     flag("--codes", choices=("uniform", "clustered", "cifar10"), default="uniform", help="of what")
     flag("--engines", default="own,indexpq,default,fastscan", metavar="NAME,NAME", help="timed")
+    flag("--nlist", type=positive_int, default=None, metavar="N", help="lists of ivfpq")
     flag("--nprobe", default="16", metavar="N,N", help="lists ivfpq looks into, each timed")
     flag("--rounds", type=positive_int, default=5, metavar="N", help="turns of each engine")
     flag("--threads", type=positive_int, default=torch.get_num_threads(), metavar="N", help="used")

@@ -55,6 +55,11 @@ class Scene:
 
     def __init__(self, args: Namespace) -> None:
         self.trained = load_trained(args.run_dir, "RUN_DIR")
+        if (kind := self.trained.args.get("dataset", "cifar10")) != "cifar10":
+            raise UserError(
+                f"RUN_DIR={args.run_dir}: was trained on a {kind}, which has no labels to draw "
+                "with; allowed are runs on cifar10"
+            )
         top_n = args.Top_N or self.trained.args.get("Top_N", 1000)
         self.args = Namespace(**{**vars(args), "Top_N": top_n})
         self.headline = self.trained.args.get("distance", DISTANCES[0])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_train_resume_and_search(tmp_path, images, capsys):
     assert small_cifar.log_of(tmp_path / "run", "eval") == []
     assert (tmp_path / "run" / "learning_curve.png").exists()
     # what the report tells to type
-    told = [line.split()[2:] for line in out.splitlines() if "search.py build" in line][-1]
+    told = [shlex.split(line)[2:] for line in out.splitlines() if "search.py build" in line][-1]
     search.main(told)
     index = tmp_path / "run" / "index"
     capsys.readouterr()
@@ -121,3 +122,13 @@ def test_the_script_calls_three_programs_with_flags_that_they_take(tmp_path, ima
     assert (asked.command, asked.image) == ("query", str(odd / NAMES[0]))
     assert built.index == asked.index == args.output_dir / "index"
     assert call(odd).returncode == 2
+
+    (ROOT / built.index).mkdir(parents=True)  # an index is there: no more training
+    try:
+        (ROOT / built.index / "manifest.json").touch()
+        lines = call(odd, odd / NAMES[0]).stdout.split("\n")[:-1]
+    finally:
+        shutil.rmtree(ROOT / args.output_dir)
+    add, query = [parse_search_args(line.split("\0")[1:-1]) for line in lines]
+    assert (add.command, add.index, add.images) == ("add", built.index, str(odd))
+    assert query.command == "query"

@@ -71,8 +71,8 @@ def test_the_index_holds_the_models_codes_of_every_image(built, images, tiny_mod
     codes = model.encode(torch.from_numpy(batch).float() / 255)
     assert (index.packed == pack_codes(codes.numpy(), 16)).all()
     assert index.packed.shape == (len(NAMES), 2)  # 4 codebooks of 16 words: two codes a byte
-    assert (index.codebooks() == model.quantizer.codebooks.detach().numpy()).all()
-    assert index.skipped() == [{"path": "bad.jpg", "reason": "is empty (0 bytes)"}]
+    assert (index.codebooks == model.quantizer.codebooks.detach().numpy()).all()
+    assert index.skipped == [{"path": "bad.jpg", "reason": "is empty (0 bytes)"}]
     assert np.unique(index.packed, axis=0).shape[0] > 5  # or this test would say little
 
 
@@ -147,8 +147,8 @@ def test_figures(tmp_path, built, images, capsys):
         query(capsys, built, images / "a", f"--figure={tmp_path / name}")
     assert Image.open(tmp_path / "out.png").size[0] > 1000
     assert "<svg" in (tmp_path / "out.svg").read_text()
-    with pytest.raises(UserError, match=r"--figure=.*out\.xyz: cannot be written: .*xyz"):
-        query(capsys, built, images / "a", f"--figure={tmp_path / 'out.xyz'}")
+    with pytest.raises(UserError, match=r"--figure=.*none.x\.png: cannot be written"):
+        query(capsys, built, images / "a", f"--figure={tmp_path / 'none' / 'x.png'}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.png", "out.svg"]
 
 
@@ -214,7 +214,7 @@ def test_a_mended_image_comes_in_by_add(index, images, tmp_path, tiny_model):
     make_images(tmp_path / "images", ["bad.jpg"])
     call("add", *where, *FLAGS)
     assert "bad.jpg" in list(open_index(tmp_path / "own").paths)
-    assert open_index(tmp_path / "own").skipped() == []
+    assert open_index(tmp_path / "own").skipped == []
 
 
 def test_remove_by_path_folder_and_absence(tmp_path, images, tiny_model, capsys):
@@ -386,3 +386,66 @@ def test_torchrun_shards_make_the_same_index(tmp_path, built, images, tiny_model
     assert done.returncode == 0, done.stderr
     assert files_of(index) == files_of(built)
     assert done.stdout.count("28 images, 16 bits each") == 1
+
+
+def test_a_large_jpeg_is_encoded_alike_as_image_and_as_query(tmp_path, tiny_model, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((1200, 900)).save(tmp_path / "images" / f"{i}.jpg")
+    where = [f"--images={tmp_path / 'images'}", f"--index={tmp_path / 'index'}"]
+    call("build", f"--checkpoint={tiny_model}", *where, *FLAGS)
+    args = search.parse_search_args(
+        ["query", f"--index={tmp_path / 'index'}", f"--image={tmp_path / 'images'}", *FLAGS]
+    )
+    index = open_index(tmp_path / "index")
+    encoding = search._encoding(args, index.model())
+    _, _, x = search._read_queries(args, index, encoding)
+    codes = encoding.trained.model.quantizer.encode(torch.from_numpy(x))
+    assert (pack_codes(codes.numpy(), 16) == index.packed).all()
+
+
+def test_one_folder_by_two_names_is_one_folder(tmp_path, index, images, tiny_model):
+    (tmp_path / "link").symlink_to(images)
+    before = files_of(index)
+    call("add", f"--index={index}", f"--images={tmp_path / 'link'}", *FLAGS)
+    assert files_of(index) == before
+    call("remove", f"--index={index}", tmp_path / "link" / "a")
+    assert open_index(index).N == len(NAMES) - 8
+
+
+def test_an_image_without_an_ending_is_an_image(tmp_path, built, images, capsys):
+    shutil.copy(images / "a/0.png", tmp_path / "upload_abc")
+    results = [
+        query(capsys, built, image)["queries"][0]["results"]
+        for image in (tmp_path / "upload_abc", images / "a/0.png")
+    ]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["remove", ""], "an empty path"),
+        (["query", "--image="], "an empty path"),
+        (["query", "--image=x", "--figure=x.pgf"], "--figure=x.pgf: allowed endings are .png"),
+    ],
+)
+def test_more_bad_command_lines(built, words, message, capsys):
+    with pytest.raises(SystemExit):
+        call(words[0], f"--index={built}", *words[1:])
+    assert message in capsys.readouterr().err
+
+
+def test_exports_go_into_folders_that_exist(tmp_path, built):
+    for place in (tmp_path / "none" / "x", tmp_path, ""):
+        with pytest.raises(UserError, match=r"--output=.*: is not a file in a folder that exists"):
+            call("export", f"--index={built}", "--to=faiss", f"--output={place}")
+
+
+def test_a_wrong_folder_of_images_leaves_no_index(tmp_path, tiny_model):
+    words = [f"--images={tmp_path / 'none'}", f"--index={tmp_path / 'index'}"]
+    with pytest.raises(UserError, match="there is no such file"):
+        call("build", f"--checkpoint={tiny_model}", *words)
+    assert not (tmp_path / "index").exists()

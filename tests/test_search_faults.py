@@ -1,20 +1,23 @@
 """search.py under kills, full disks, damaged files and foreign indexes."""
 
+import json
 import os
 import random
 import shutil
-import time
 
+import numpy as np
 import pytest
 import small_images
 from small_images import files_of, finish, make_images, save_model, start
 
 import search
+import utils.search.index as search_index
 from utils.errors import UserError
 from utils.search.index import MANIFEST, open_index, verify
 
 NAMES = [f"{c}/{i}.png" for c in "ab" for i in range(40)]
 MORE = [f"c/{i}.png" for i in range(40)]
+HALF_WAY = 12  # changes of the file system; the plan takes 4, a shard 2, 80 images 20
 FLAGS = ("--batch_size=8", "--num_workers=1", "--device=cpu")
 
 
@@ -49,6 +52,13 @@ def whole(tmp_path_factory, built, more):
     index = shutil.copytree(built, tmp_path_factory.mktemp("whole") / "index")
     assert finish("add", *_where(more, index)) == 0
     return files_of(built), files_of(index)
+
+
+def kill_half_way(*words):
+    """Kill it when a few of the shards are written: each is one fsync and one rename."""
+    process = start(*words, die_at=HALF_WAY)
+    process.join()
+    assert process.exitcode == -9
 
 
 def _where(images, index):
@@ -201,11 +211,7 @@ def test_an_unfinished_build_of_another_model_is_not_mixed(
     tmp_path, images, tiny_model, other_model
 ):
     index = tmp_path / "index"
-    process = start("build", f"--checkpoint={tiny_model}", *_where(images, index))
-    while process.is_alive() and not list(index.glob("staging/shard-*.npz")):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
+    kill_half_way("build", f"--checkpoint={tiny_model}", *_where(images, index))
     assert not (index / MANIFEST).exists()
     with pytest.raises(UserError, match=r"unfinished build of another model; .*--overwrite"):
         search.main(["build", f"--checkpoint={other_model}", *_where(images, index)])
@@ -216,11 +222,7 @@ def test_an_unfinished_build_of_another_model_is_not_mixed(
 def test_images_changed_between_kill_and_going_on_are_encoded_anew(tmp_path, tiny_model):
     images, index = make_images(tmp_path / "images", NAMES), tmp_path / "index"
     words = ["build", f"--checkpoint={tiny_model}", *_where(images, index)]
-    process = start(*words)
-    while process.is_alive() and not list(index.glob("staging/shard-*.npz")):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
+    kill_half_way(*words)
     assert not (index / MANIFEST).exists()
     make_images(images, NAMES[:8], seed=5)  # the first batch, which is encoded already
     (images / NAMES[9]).unlink()
@@ -234,11 +236,7 @@ def test_images_changed_between_kill_and_going_on_are_encoded_anew(tmp_path, tin
 def test_damaged_shards_are_encoded_again(tmp_path, images, tiny_model, whole, capsys):
     index = tmp_path / "index"
     words = ["build", f"--checkpoint={tiny_model}", *_where(images, index)]
-    process = start(*words)
-    while process.is_alive() and not list(index.glob("staging/shard-*.npz")):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
+    kill_half_way(*words)
     shard = next(index.glob("staging/shard-*.npz"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -283,3 +281,99 @@ def test_weights_that_do_not_fit_their_flags_are_refused(tmp_path, images, tiny_
     with pytest.raises(UserError, match="its weights and its flags do not fit"):
         search.load_trained(wrong)
     assert trained.identity != other.identity
+
+
+def test_pictures_in_a_folder_called_staging_are_not_deleted(tmp_path, tiny_model):
+    images = make_images(tmp_path / "parent" / "staging", ["x.png"])
+    words = ["build", f"--checkpoint={tiny_model}", *_where(images, tmp_path / "parent")]
+    for flags in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=r"holds other files \(staging/x\.png\)"):
+            search.main([*words, *flags])
+    assert (images / "x.png").exists()
+
+
+def test_an_interrupted_overwrite_goes_on_and_the_old_index_answers_meanwhile(
+    index, images, tiny_model, other_model, whole
+):
+    words = ["build", f"--checkpoint={other_model}", *_where(images, index), "--overwrite"]
+    kill_half_way(*words)
+    assert files_of(index) == whole[0]
+    process = start(*words)
+    said = process.said()
+    process.join()
+    assert process.exitcode == 0
+    assert "Going on: " in said
+    assert verify(index).identity == search.load_trained(other_model).identity
+
+
+def test_strict_stays_strict_when_it_is_called_again(tmp_path, images, tiny_model):
+    mixed = shutil.copytree(images, tmp_path / "mixed")
+    (mixed / "a" / "5.png").write_bytes(b"")
+    words = ["build", f"--checkpoint={tiny_model}", *_where(mixed, tmp_path / "index"), "--strict"]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"--strict: 'a/5\.png' is empty"):
+            search.main(words)
+    make_images(mixed, ["a/5.png"])  # mended: tried again, and good
+    search.main(words)
+    assert verify(tmp_path / "index").N == len(NAMES)
+
+
+def test_readers_stand_a_change_under_their_hands(index, monkeypatch):
+    """verify hashes file by file; here an image is removed between two of them."""
+    real, left = search_index.hash_file, [1]
+
+    def hash_file(path):
+        if path.name.startswith("codes.") and left.pop():
+            left.append(0)
+            monkeypatch.setattr(search_index, "hash_file", real)
+            search.main(["remove", f"--index={index}", NAMES[0]])
+        return real(path)
+
+    monkeypatch.setattr(search_index, "hash_file", hash_file)
+    assert verify(index).N == len(NAMES) - 1
+
+
+def _rewrite_manifest(index, change):
+    manifest = json.loads((index / MANIFEST).read_text())
+    change(manifest)
+    (index / MANIFEST).write_bytes(search_index._render(manifest))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(items="x"),
+        lambda m: m.update(items=-1),
+        lambda m: m.update(items=m["items"] + 1),
+        lambda m: m.update(K=10),
+        lambda m: m.update(K=256),
+        lambda m: m.pop("M"),
+        lambda m: m.update(d=m["d"] * 2),
+        lambda m: m.update(images=None),
+        lambda m: m["files"].pop("codes"),
+        lambda m: m["files"]["codes"].update(name="../codes"),
+        lambda m: m["model"].update(method="\x1b[31mSPQ"),
+        lambda m: m.update(version="1; rm"),
+    ],
+)
+def test_a_strangers_manifest_that_makes_no_sense_is_refused(index, change):
+    """Its check sum is right: it was made so, not damaged."""
+    _rewrite_manifest(index, change)
+    with pytest.raises(UserError, match=r"--index=.* is damaged"):
+        open_index(index)
+
+
+def test_codebooks_that_do_not_fit_the_codes_never_reach_faiss(index):
+    path = next(index.glob("codebooks.*.npy"))
+    np.save(path, np.zeros((64, 256, 4), dtype=np.float32))  # FAISS would read beyond the codes
+    entry = {"bytes": path.stat().st_size, "sha256": search_index.hash_file(path)}
+    _rewrite_manifest(index, lambda m: m["files"]["codebooks"].update(entry))
+    with pytest.raises(UserError, match=r"its parts do not fit \(codebooks are float32 \(64, 256"):
+        open_index(index)
+
+
+def test_a_full_disk_is_left_as_it_was(index):
+    names = sorted(path.name for path in index.iterdir())
+    size = (index / MANIFEST).stat().st_size
+    assert finish("remove", f"--index={index}", "a", limit=size - 100) == 2  # the last of all
+    assert sorted(path.name for path in index.iterdir()) == names

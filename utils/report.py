@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from utils.analysis import first_of_each_class
 from utils.checkpoint import LAST
@@ -65,7 +66,7 @@ def _report_unlabelled(run: Run, trainer: Trainer) -> None:
     folder, data = run.args.output_dir, run.args.data_dir
     bits = trainer.model.quantizer.code_bits
     curve = folder / "learning_curve.png"
-    title = f"{run.method}, {bits:g} bits, images of {data.name}"
+    title = f"{run.method}, {bits:g} bits, images of {data.name}".replace("$", r"\$")  # no formula
     learning_curve(read_metrics(folder), curve, f"mAP@{run.args.Top_N}", run.args.distance, title)
     index = folder / "index"
     print(
@@ -74,8 +75,9 @@ def _report_unlabelled(run: Run, trainer: Trainer) -> None:
         f"  log:               {folder / METRICS}\n"
         f"  learning curve:    {curve}\n"
         "Search with it:\n"
-        f"  python search.py build --checkpoint {folder} --images {data} --index {index}\n"
-        f"  python search.py query --index {index} --image IMAGE --html result.html"
+        f"  python search.py build --checkpoint {quote(str(folder))} --images {quote(str(data))} "
+        f"--index {quote(str(index))}\n"
+        f"  python search.py query --index {quote(str(index))} --image IMAGE --html result.html"
     )
 
 

@@ -74,7 +74,11 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
     try:
         args = dict(state["args"])
         # a file must not be able to ask for a network that fills the memory
-        size = sum(value.numel() for value in state["model"].values())
+        values = state["model"].values()
+        stored = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values}
+        if sum(v.numel() * v.element_size() for v in values) > sum(stored.values()):
+            raise ValueError("weights that are larger than their file")
+        size = sum(v.numel() for v in values)
         with torch.device("meta"):
             model = _build(args)
         if size != sum(value.numel() for value in model.state_dict().values()):
@@ -82,7 +86,8 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         model = _build(args)
         model.load_state_dict(state["model"])
         identity = identify("SPQ", args, model)
-        int(args["input_size"])
+        if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
+            raise ValueError(f"input_size {args['input_size']}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(

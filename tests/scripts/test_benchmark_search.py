@@ -23,7 +23,7 @@ def made(tiny_model):
 
 def test_agreement_with_itself_and_with_a_worse_ranking(made):
     packed, codebooks, query = made
-    own = benchmark_search.build("own", packed, codebooks)
+    own = benchmark_search.build("own", packed, codebooks, None)
     dist, index = own.search(query, 500)
     exact = dist[:, :20], index[:, :20]
     told = benchmark_search.agreement(query, packed, codebooks, exact, exact)

@@ -69,6 +69,9 @@ def test_half_precision_weights_load_as_float32(tmp_path, tiny_model):
         ({"args": ARGS | {"N_books": 8}}, "its weights and its flags do not fit"),
         ({"args": {}}, "its weights and its flags do not fit"),
         ({"args": ARGS | {"width": "wide"}}, "its weights and its flags do not fit"),
+        ({"args": ARGS | {"input_size": 0}}, "its weights and its flags do not fit"),
+        ({"args": ARGS | {"input_size": 16.5}}, "its weights and its flags do not fit"),
+        ({"args": ARGS | {"input_size": 10**6}}, "its weights and its flags do not fit"),
         ({"model": {}}, "its weights and its flags do not fit"),
         ({"model": None}, "its weights and its flags do not fit"),
     ],
@@ -101,3 +104,15 @@ def test_a_model_file_is_no_training_to_go_on_with(tmp_path, tiny_model):
         load_checkpoint(tiny_model)
     with pytest.raises(OSError, match=r"could not write|No such file"):
         save_checkpoint(tmp_path / "none" / "x.pt", {})
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path, tiny_model):
+    content = torch.load(tiny_model, weights_only=True)
+    weights = content["model"]
+    content["model"] = {
+        name: v.flatten()[:1].clone().expand(v.shape) if v.dim() else v
+        for name, v in weights.items()
+    }
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="weights that are larger than their file"):
+        load_trained(tmp_path / "x.pt")

@@ -109,7 +109,8 @@ def build(
         folder: the index to make.
         source_of: opens the images; called once in each process.
         encoding: model and how it is run.
-        overwrite: give up an index, or an unfinished build, that is in the way.
+        overwrite: replace an index that is there when the new one is complete; give up an
+            unfinished build of another model or folder.
     Returns:
         The index; None on all ranks but the main one.
     Raises:
@@ -119,16 +120,14 @@ def build(
 
     def check() -> None:
         check_folder(folder)
-        if overwrite:
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
-        elif (folder / MANIFEST).exists():
+        if (folder / MANIFEST).exists() and not overwrite:
             found = open_index(folder)
             raise UserError(
                 f"--index={folder}: holds an index of {found.N} images already; `search.py add` "
                 "brings it new ones, --overwrite builds it anew"
             )
 
-    return _run(folder, "build", source_of, encoding, check)
+    return _run(folder, "build", source_of, encoding, check, overwrite)
 
 
 def add(folder: Path, source_of: Callable[[], ImageSource], encoding: Encoding) -> Index | None:
@@ -143,7 +142,7 @@ def add(folder: Path, source_of: Callable[[], ImageSource], encoding: Encoding) 
         index = open_index(folder)
         check_model(index, encoding.trained)
 
-    return _run(folder, "add", source_of, encoding, check)
+    return _run(folder, "add", source_of, encoding, check, overwrite=False)
 
 
 def remove(folder: Path, wanted: Callable[[Index], Iterable[str]]) -> tuple[Index, int]:
@@ -196,21 +195,29 @@ def _run(
     source_of: Callable[[], ImageSource],
     encoding: Encoding,
     check: Callable[[], None],
+    overwrite: bool,
 ) -> Index | None:
     ranks = encoding.ranks
     ranks.connect(torch.device("cpu"), timeout=WAIT)
     if not ranks.is_main:
         problem = ranks.collect(None)[0]
         if problem is None:
-            _encode_share(folder, source_of(), encoding)
+            try:
+                _encode_share(folder, source_of(), encoding)
+            except UserError as error:  # the main rank does not know it
+                print(f"process {ranks.rank}: error: {error}", file=sys.stderr)
+                raise
         return None
     with contextlib.ExitStack() as stack:
         try:
             check()  # before the folder is touched
+            source = source_of()
+            if encoding.strict and source.faults:
+                name, reason = source.faults[0]
+                raise UserError(f"--strict: {name!r} {reason}")
             stack.enter_context(writing(folder))
             check()  # nobody changes it from here on
-            source = source_of()
-            todo = _plan(folder, kind, source, encoding.trained)
+            todo = _plan(folder, kind, source, encoding.trained, overwrite)
         except UserError as error:
             ranks.collect(str(error))  # the others end too, without a word
             raise
@@ -222,7 +229,9 @@ def _run(
         return _merge(folder, kind, source, encoding)
 
 
-def _plan(folder: Path, kind: str, source: ImageSource, trained: Trained) -> list[str]:
+def _plan(
+    folder: Path, kind: str, source: ImageSource, trained: Trained, overwrite: bool
+) -> list[str]:
     """Write down what is to be encoded, in terms of the index's own paths; keeps the shards of a
     killed run if they are of the same job."""
     staging = folder / STAGING
@@ -241,7 +250,7 @@ def _plan(folder: Path, kind: str, source: ImageSource, trained: Trained) -> lis
             found = json.loads((staging / JOB).read_text())
         except (OSError, ValueError):
             found = None  # killed in its first moment
-        if kind == "build" and found is not None and found != job:
+        if kind == "build" and found is not None and found != job and not overwrite:
             differs = [name for name in job if found.get(name) != job[name]]
             what = {"kind": "command", "identity": "model", "root": "folder of images"}
             raise UserError(
@@ -422,15 +431,18 @@ def _read_shards(staging: Path, encoding: Encoding) -> dict[str, tuple]:
             values = [codes[i : i + width] for i in range(0, len(codes), width)] + reasons
             rows = zip(names, stamps, values, strict=True)
             found |= {name: (*stamp, value) for name, stamp, value in rows}
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file can break the reader anywhere
             print(f"{path.name} is damaged ({error}); its images are encoded again.")
             path.unlink(missing_ok=True)
     return found
 
 
 def _is_done(shards: dict[str, tuple], name: str, root: Path, kind: str) -> bool:
+    """Encoded, and its file unchanged since; what could not be read is tried again."""
     entry = shards.get(name)
-    return entry is not None and _stamp(name, root, kind) == entry[:2]
+    if entry is None or isinstance(entry[2], str):
+        return False
+    return _stamp(name, root, kind) == entry[:2]
 
 
 def _merge(folder: Path, kind: str, source: ImageSource, encoding: Encoding) -> Index:
@@ -467,7 +479,7 @@ def _merge(folder: Path, kind: str, source: ImageSource, encoding: Encoding) -> 
 
 
 def _skipped(index: Index) -> list[tuple[str, str]]:
-    return [(row["path"], row["reason"]) for row in index.skipped()]
+    return [(row["path"], row["reason"]) for row in index.skipped]
 
 
 def _shape(trained: Trained) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ FORMAT = "product-quantization-index"
 VERSION = 1
 PARTS = {"codes": "bin", "paths": "bin", "codebooks": "npy", "model": "pt", "skipped": "jsonl"}
 BLOCK = 1 << 20
+_STAGED = re.compile(r"(job\.json|names\.bin)(\.tmp)?|shard-\d{4}-\d{4}-\d{6}\.(npz|tmp)")
 _PART = re.compile(
     "|".join(rf"{part}\.([0-9a-f]{{16}}\.{end}|tmp(\.tmp)?)" for part, end in PARTS.items())
 )
@@ -89,12 +90,16 @@ class Index:
         manifest: the content of manifest.json.
         packed: (N, code_bytes) uint8, mapped from the file.
         paths: N paths, relative to `root`.
+        codebooks: (M, K, d) float32.
+        skipped: what could not be read: path and reason.
     """
 
     folder: Path
     manifest: dict
     packed: np.ndarray
     paths: Paths
+    codebooks: np.ndarray
+    skipped: list[dict[str, str]]
 
     @property
     def N(self) -> int:
@@ -125,30 +130,33 @@ class Index:
         """(N, M) integers."""
         return unpack_codes(np.asarray(self.packed), self.M, self.K)
 
-    def codebooks(self) -> np.ndarray:
-        """(M, K, d) float32."""
-        return np.load(self._checked("codebooks"), allow_pickle=False)
-
     def model(self) -> Trained:
-        """The network that made the codes."""
-        trained = load_trained(self._checked("model"), flag="--index")
+        """The network that made the codes.
+
+        Raises:
+            UserError: if it is not what the manifest says.
+        """
+        path = self.file("model")
+        try:
+            _check_hash(self.folder, path, self.manifest["files"]["model"]["sha256"])
+        except FileNotFoundError as error:
+            raise UserError(
+                f"--index={self.folder}: was built anew meanwhile; try again"
+            ) from error
+        trained = load_trained(path, flag="--index")
         if trained.identity != self.identity:
             raise UserError(_damaged(self.folder, "its model is not the one that its codes are of"))
         return trained
-
-    def skipped(self) -> list[dict]:
-        """What could not be read: path and reason."""
-        return [json.loads(line) for line in self._checked("skipped").read_text().splitlines()]
 
     def file(self, part: str) -> Path:
         """The file that holds a part."""
         return self.folder / self.manifest["files"][part]["name"]
 
-    def _checked(self, part: str) -> Path:
-        path = self.file(part)
-        if hash_file(path) != self.manifest["files"][part]["sha256"]:
-            raise UserError(_damaged(self.folder, f"{path.name} has changed"))
-        return path
+
+def _check_hash(folder: Path, path: Path, wanted: str) -> None:
+    digest = hash_file(path)
+    if digest != wanted:
+        raise UserError(_damaged(folder, f"{path.name} has SHA-256 {digest}, not {wanted}"))
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -161,10 +169,15 @@ def open_index(folder: Path) -> Index:
         UserError: if there is none, its build is not finished, it is damaged, or of a version that
             this code does not read.
     """
+    return _while_unchanged(folder, _open)
+
+
+def _while_unchanged(folder: Path, work: Callable[[Path, dict], Index]) -> Index:
+    """`work` on the present manifest; again if the index is changed under its hands."""
     for attempt in range(5):
         manifest = read_manifest(folder)
         try:
-            return _open(folder, manifest)
+            return work(folder, manifest)
         except FileNotFoundError as error:
             if attempt == 4 or read_manifest(folder) == manifest:  # no change came in between
                 missing = Path(error.filename or "").name
@@ -175,16 +188,32 @@ def open_index(folder: Path) -> Index:
 
 
 def _open(folder: Path, manifest: dict) -> Index:
-    for entry in manifest["files"].values():
+    files = manifest["files"]
+    for entry in files.values():
         found = (folder / entry["name"]).stat().st_size
         if found != entry["bytes"]:
             raise UserError(
                 _damaged(folder, f"{entry['name']} has {found} bytes instead of {entry['bytes']}")
             )
-    shape = (manifest["items"], code_bytes(manifest["M"], manifest["K"]))
-    packed = _map(folder / manifest["files"]["codes"]["name"]).reshape(shape)
-    paths = Paths(_map(folder / manifest["files"]["paths"]["name"]))
-    return Index(folder, manifest, packed, paths)
+    for part in ("codebooks", "skipped"):
+        _check_hash(folder, folder / files[part]["name"], files[part]["sha256"])
+    try:
+        codebooks = np.load(folder / files["codebooks"]["name"], allow_pickle=False)
+        skipped = (folder / files["skipped"]["name"]).read_text().splitlines()
+        rows = [json.loads(line) for line in skipped]
+        rows = [{"path": str(row["path"]), "reason": str(row["reason"])} for row in rows]
+        # FAISS trusts what it is given: codes and codebooks that do not fit would crash it
+        shape = (manifest["items"], code_bytes(manifest["M"], manifest["K"]))
+        packed = _map(folder / files["codes"]["name"]).reshape(shape)
+        wanted = (manifest["M"], manifest["K"], manifest["d"])
+        if codebooks.shape != wanted or codebooks.dtype != np.float32:
+            raise ValueError(f"codebooks are {codebooks.dtype} {codebooks.shape}, not {wanted}")
+        if not np.isfinite(codebooks).all():
+            raise ValueError("codebooks are not finite")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(_damaged(folder, f"its parts do not fit ({error})")) from error
+    paths = Paths(_map(folder / files["paths"]["name"]))
+    return Index(folder, manifest, packed, paths, codebooks, rows)
 
 
 def _map(path: Path) -> np.ndarray:
@@ -217,20 +246,44 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise ValueError("another format")
-        for part, ending in PARTS.items():
-            name = manifest["files"][part]["name"]
-            if not (name.startswith(f"{part}.") and name.endswith(f".{ending}")) or "/" in name:
-                raise ValueError(f"{part} in {name}")
+        version = int(manifest["version"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(_damaged(folder, f"{MANIFEST} cannot be read ({error})")) from error
-    if manifest.get("version") != VERSION:
-        raise UserError(
-            f"--index={folder}: has version {manifest.get('version')}; this code reads {VERSION}"
-        )
+    if version != VERSION:
+        raise UserError(f"--index={folder}: has version {version}; this code reads {VERSION}")
     # compared as bytes: the file must be what `_render` writes, to the last space
     if content != _render(manifest):
         raise UserError(_damaged(folder, f"{MANIFEST} has changed"))
+    try:
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(_damaged(folder, f"{MANIFEST} makes no sense ({error})")) from error
     return manifest
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Raise unless every entry is of its kind: an index may come from a stranger."""
+    numbers = [manifest[name] for name in ("items", "skipped", "M", "K", "d", "code_bits")]
+    numbers += [entry["bytes"] for entry in manifest["files"].values()]
+    numbers.append(manifest["model"]["input_size"])
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("a number is none")
+    if manifest["M"] < 1 or manifest["d"] < 1:
+        raise ValueError("no codebooks")
+    if manifest["code_bits"] != manifest["M"] * word_bits(manifest["K"]):
+        raise ValueError("code_bits")
+    if manifest["files"].keys() != PARTS.keys():
+        raise ValueError("its files")
+    for part, entry in manifest["files"].items():
+        if not re.fullmatch(rf"{part}\.[0-9a-f]{{16}}\.{PARTS[part]}", entry["name"]):
+            raise ValueError(f"the name of {part}")
+    texts = [manifest["created"], manifest["changed"]]
+    texts += [manifest["model"][name] for name in ("method", "identity")]
+    texts.append(manifest["images"]["kind"])
+    if not all(re.fullmatch(r"[\w:-]{1,64}", text, re.ASCII) for text in texts):
+        raise ValueError("a text")
+    if not isinstance(manifest["images"]["root"], str):
+        raise ValueError("the folder of images")
 
 
 def _damaged(folder: Path, what: str) -> str:
@@ -262,23 +315,18 @@ def verify(folder: Path) -> Index:
     Raises:
         UserError: naming the first thing that is wrong.
     """
-    index = open_index(folder)
-    for part, entry in index.manifest["files"].items():
-        try:
-            digest = hash_file(index.file(part))
-        except OSError as error:
-            raise UserError(_damaged(folder, f"{entry['name']} cannot be read: {error}")) from error
-        if digest != entry["sha256"]:
-            raise UserError(
-                _damaged(folder, f"{entry['name']} has SHA-256 {digest}, not {entry['sha256']}")
-            )
+    return _while_unchanged(folder, _verify)
+
+
+def _verify(folder: Path, manifest: dict) -> Index:
+    index = _open(folder, manifest)
+    for part, entry in manifest["files"].items():
+        _check_hash(folder, index.file(part), entry["sha256"])
     if len(index.paths) != index.N:
         raise UserError(_damaged(folder, f"{len(index.paths)} paths for {index.N} codes"))
     if len(set(index.paths)) != index.N:
         raise UserError(_damaged(folder, "a path stands in it twice"))
-    codebooks = index.codebooks()
-    trained = index.model()
-    if not np.array_equal(codebooks, codebooks_of(trained)):
+    if not np.array_equal(index.codebooks, codebooks_of(index.model())):
         raise UserError(_damaged(folder, "its codebooks are not those of its model"))
     return index
 
@@ -300,13 +348,18 @@ def check_folder(folder: Path) -> None:
     try:
         if not folder.exists():
             return
-        foreign = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
+        foreign = [path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)]
+        if (folder / STAGING).exists():  # somebody's pictures may be called so
+            staged = (folder / STAGING).iterdir()
+            names = (path.name for path in staged if not _STAGED.fullmatch(path.name))
+            foreign += [f"{STAGING}/{name}" for name in names]
     except OSError as error:
         raise UserError(f"--index={folder}: cannot be used: {error}") from error
     if foreign:
+        first = ", ".join(sorted(foreign)[:3])
         raise UserError(
-            f"--index={folder}: holds other files ({', '.join(foreign[:3])}); allowed is a new or "
-            "empty folder, or an index"
+            f"--index={folder}: holds other files ({first}); allowed is a new or empty folder, or "
+            "an index"
         )
 
 
@@ -359,6 +412,25 @@ def commit(
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old index stays.
     """
+    try:
+        _commit(folder, trained, images, packed, names, skipped, created)
+    except OSError:
+        with contextlib.suppress(OSError, UserError):  # what was written takes room in vain
+            (folder / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+            _sweep(folder, read_manifest(folder) if (folder / MANIFEST).exists() else None)
+        raise
+    return open_index(folder)
+
+
+def _commit(
+    folder: Path,
+    trained: Trained,
+    images: Mapping,
+    packed: np.ndarray,
+    names: Iterable[str],
+    skipped: Sequence[tuple[str, str]],
+    created: str | None,
+) -> None:
     M, K, d = codebooks_of(trained).shape
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     rows = [{"path": name, "reason": reason} for name, reason in skipped]
@@ -396,9 +468,9 @@ def commit(
     temporary.write_bytes(_render(manifest))
     _sync(temporary)
     os.replace(temporary, folder / MANIFEST)  # from here on it is the new index
-    _sync(folder)
-    _sweep(folder, {entry["name"] for entry in files.values()})
-    return open_index(folder)
+    with contextlib.suppress(OSError):
+        _sync(folder)
+        _sweep(folder, manifest)
 
 
 def _model_file(folder: Path, trained: Trained) -> dict:
@@ -450,8 +522,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(folder: Path, keep: set[str]) -> None:
+def _sweep(folder: Path, manifest: Mapping | None) -> None:
     """Delete parts that the manifest does not name: of the state before, or of a killed change."""
+    keep = {entry["name"] for entry in manifest["files"].values()} if manifest else set()
     for path in folder.iterdir():
         if _PART.fullmatch(path.name) and path.name not in keep:
             path.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path):
     files["skipped"] = {"name": "skipped./../../etc/x.jsonl", "bytes": 0, "sha256": ""}
     manifest = {"format": "product-quantization-index", "version": 1, "files": files}
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"cannot be read \(skipped in skipped\./\.\./"):
+    with pytest.raises(UserError, match=r"manifest\.json (has changed|makes no sense)"):
         open_index(tmp_path)
 
 
