@@ -265,7 +265,12 @@ def measure(
         codebooks = runs[job["bits"]].model.quantizer.codebooks.detach().float().numpy()
         quantizer = Product("SPQ", np.ascontiguousarray, codebooks)
     else:
-        quantizer = fit(job["method"], space, job["bits"] or BITS[0], job["seed"] or 0)
+        try:
+            quantizer = fit(job["method"], space, job["bits"] or BITS[0], job["seed"] or 0)
+        except ValueError as error:
+            raise UserError(
+                f"--methods: {error}; leave the method or these --features away"
+            ) from error
     times.append(time.perf_counter())
     codes = quantizer.encode(space.db)
     times.append(time.perf_counter())
