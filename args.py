@@ -44,6 +44,25 @@ def spq_parser() -> Parser:
     return parser
 
 
+def add_cifar10_flags(parser: argparse.ArgumentParser) -> None:
+    """Where CIFAR-10 is, for scripts that know no other set."""
+    flag = parser.add_argument
+    flag(
+        "--data_dir",
+        type=Path,
+        default=Path("./datasets"),
+        metavar="DIR",
+        help="folder with cifar-10-batches-bin or cifar-10-batches-py",
+    )
+    flag(
+        "--if_download",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="fetch CIFAR-10 into --data_dir if it is not complete there",
+    )
+
+
 def add_data_flags(parser: Parser) -> None:
     """Where the images are and how they are cropped."""
     group = parser.add_argument_group("data")

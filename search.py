@@ -323,7 +323,7 @@ def _tell_skipped(index: Index) -> None:
 def _write(path: Path, flag: str, write: Callable[[Path], object]) -> None:
     try:
         write(path)
-    except (OSError, ValueError) as error:  # ValueError: a kind of figure that does not exist
+    except OSError as error:
         raise UserError(f"{flag}={path}: cannot be written: {error}") from error
     print(f"wrote {path}", file=sys.stderr)
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from args import add_cifar10_flags
 from data.cifar10 import LabelledImages, load_cifar10
 from utils.baselines import METHODS, PCA_DIMS, RANDOM, Product, Space, fit, unit_length
 from utils.cli import run_main
@@ -112,14 +113,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="A,B",
         help="lengths of a code (default: 16,32,64)",
     )
-    flag("--data_dir", type=Path, default=Path("./datasets"), metavar="DIR", help="as main_SPQ.py")
-    flag(
-        "--if_download",
-        action=BooleanFlag,
-        default=False,
-        metavar="BOOL",
-        help="fetch CIFAR-10 into --data_dir if it is not complete there",
-    )
+    add_cifar10_flags(parser)
     flag("--seed", type=number(int, 0, high=2**30), default=0, metavar="N", help="the first seed")
     flag(
         "--seeds",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from args import add_cifar10_flags
 from data.cifar10 import CLASSES, load_cifar10
 from utils import run_figures
 from utils.analysis import (
@@ -35,7 +36,7 @@ from utils.cli import run_main
 from utils.errors import UserError
 from utils.evaluation import RetrievalEvaluation
 from utils.figures import DISTANCE_NAMES, learning_curve, retrieval_grid
-from utils.flags import BooleanFlag, HelpFormatter, Parser, number
+from utils.flags import HelpFormatter, Parser, number
 from utils.logging import METRICS, read_metrics
 from utils.metrics import evaluate_retrieval
 from utils.retrieval import DISTANCES
@@ -297,20 +298,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         metavar="DIR",
         help="where the pictures go; older ones are replaced (default: RUN_DIR/figures)",
     )
-    flag(
-        "--data_dir",
-        type=Path,
-        default=Path("./datasets"),
-        metavar="DIR",
-        help="folder with cifar-10-batches-bin or cifar-10-batches-py",
-    )
-    flag(
-        "--if_download",
-        action=BooleanFlag,
-        default=False,
-        metavar="BOOL",
-        help="fetch CIFAR-10 into --data_dir if it is not complete there",
-    )
+    add_cifar10_flags(parser)
     flag(
         "--limit_db",
         type=whole,

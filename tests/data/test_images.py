@@ -52,6 +52,7 @@ def close(colour, wanted, tolerance=12):  # JPEG and palettes move a colour by a
         ("RGB", "x.tif", {}),
         ("RGB", "x.ppm", {}),
         ("RGB", "x.gif", {}),
+        ("RGB", "x.jp2", {}),
         ("CMYK", "x.jpg", {"quality": 95}),
         ("CMYK", "x.tif", {}),
         ("YCbCr", "x.jpg", {"quality": 95}),

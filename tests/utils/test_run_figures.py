@@ -151,10 +151,11 @@ def test_usage_is_drawn_sorted_with_a_cross_on_each_unused_word(tmp_path, kept):
 
 
 @pytest.mark.parametrize(("M", "K"), [(1, 2), (1, 4096), (32, 256)])
-def test_usage_of_codebooks_of_other_sizes(M, K, tmp_path):
+def test_usage_of_codebooks_of_other_sizes(M, K, tmp_path, kept):
     run_figures.codeword_usage(np.full((M, K), 1 / K), [float(K)] * M, tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        image.load()
+    shares, bars = kept[0].axes[:2]
+    assert shares.images[0].get_array().shape == (M, K)
+    assert [bar.get_width() for bar in bars.patches] == [K] * M
 
 
 def test_histogram_shows_both_kinds_in_percent_and_in_grey(tmp_path, kept):

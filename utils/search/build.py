@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from utils.distributed import Ranks
 from utils.errors import UserError
+from utils.evaluation import describe_images, encode_images
 from utils.search.index import (
     MANIFEST,
     STAGING,
@@ -85,16 +86,14 @@ class Encoding:
 
     def describe(self, images: np.ndarray) -> torch.Tensor:
         """uint8 (N, 3, side, side) -> descriptors (N, D) float32."""
-        with torch.inference_mode():
-            batch = torch.from_numpy(images).to(self.device).float() / 255.0
-            return self.trained.model.describe(batch).float().cpu()
+        model, side = self.trained.model, self.trained.input_size
+        return describe_images(model, torch.from_numpy(images), side).cpu()
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """uint8 (N, 3, side, side) -> packed codes (N, code_bytes)."""
-        with torch.inference_mode():
-            batch = torch.from_numpy(images).to(self.device).float() / 255.0
-            codes = self.trained.model.encode(batch).cpu().numpy()
-        return pack_codes(codes, self.trained.model.quantizer.K)
+        model, side = self.trained.model, self.trained.input_size
+        codes = encode_images(model, torch.from_numpy(images), side)
+        return pack_codes(codes.cpu().numpy(), model.quantizer.K)
 
 
 # --- what is asked for --------------------------------------------------------------------------
