@@ -9,14 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.augment import AUGMENTATIONS
 from data.images import MAX_PIXELS
 from models import QUANTIZERS, TRUNKS
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
+from utils.optimizers import OPTIMIZERS
+from utils.recipes import RECIPES
 from utils.retrieval import DISTANCES
 from utils.schedule import SCHEDULES
 
 LOSSES = ("cqc", "cqc-paper", "contrastive")
-OPTIMIZERS = ("adam", "adamw", "sgd")
 FIGURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg")
 _UNSET = object()
 
@@ -36,8 +38,10 @@ def spq_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
+    add_recipe_flag(parser)
     add_data_flags(parser)
     add_model_flags(parser)
+    add_augmentation_flags(parser)
     add_training_flags(parser)
     add_evaluation_flags(parser)
     add_run_flags(parser)
@@ -60,6 +64,22 @@ def add_cifar10_flags(parser: argparse.ArgumentParser) -> None:
         default=False,
         metavar="BOOL",
         help="fetch CIFAR-10 into --data_dir if it is not complete there",
+    )
+
+
+def add_recipe_flag(parser: Parser) -> None:
+    """Named sets of defaults."""
+    sets = "; ".join(
+        f"{name}: {' '.join(f'--{flag}={value}' for flag, value in flags.items())}"
+        for name, flags in RECIPES.items()
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=sorted(RECIPES),
+        default="paper",
+        help="a named set of defaults, which any flag beside it overrides; paper: as the paper is "
+        "written; released: as the released code ran; fast: what did best for its time in our "
+        f"measurements. Where they differ from the defaults below: {sets}",
     )
 
 
@@ -105,19 +125,19 @@ def add_data_flags(parser: Parser) -> None:
         "crops that are trained on",
     )
     flag(
-        "--crop_size",
-        type=number(int, 8, high=1024),
-        default=None,
-        metavar="PIXELS",
-        help="side of the training crops; smaller than --input_size trains faster "
-        "(24 instead of 32 costs 0.56 of the time) (default: --input_size)",
-    )
-    flag(
         "--num_cls",
         type=positive_int,
         default=10,
         metavar="N",
         help="classes of the data set; labels are only checked and scored with, never trained on",
+    )
+    flag(
+        "--validate",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="choose settings without the test images: train on the first 45,000 images, search "
+        "among them, and ask the other 5,000",
     )
     flag(
         "--limit_train",
@@ -191,6 +211,41 @@ def add_model_flags(parser: Parser) -> None:
     )
 
 
+def add_augmentation_flags(parser: Parser) -> None:
+    """How the two views of an image are made."""
+    group = parser.add_argument_group("augmentation")
+    flag = group.add_argument
+    flag(
+        "--augmentation",
+        choices=sorted(AUGMENTATIONS),
+        default="kornia",
+        help="what makes the views; batched: the same transforms in a few large operations, "
+        "kornia's to within rounding and twice as fast on a CPU",
+    )
+    flag(
+        "--crop_size",
+        type=number(int, 8, high=1024),
+        default=None,
+        metavar="PIXELS",
+        help="side of the training crops; smaller than --input_size trains faster "
+        "(24 instead of 32 costs 0.56 of the time) (default: --input_size)",
+    )
+    flag(
+        "--crop_min_area",
+        type=number(float, 0.01, high=1.0),
+        default=0.08,
+        metavar="SHARE",
+        help="smallest crop, as a share of the image's area; below 0.05 views show too little",
+    )
+    flag(
+        "--jitter_strength",
+        type=number(float, 0.0, high=2.5),
+        default=1.0,
+        metavar="FACTOR",
+        help="multiplies the colour jitter's ranges (0.4, 0.4, 0.4, 0.1)",
+    )
+
+
 def add_training_flags(parser: Parser) -> None:
     """Loss, optimiser, schedule, length."""
     group = parser.add_argument_group("training")
@@ -198,9 +253,9 @@ def add_training_flags(parser: Parser) -> None:
     flag(
         "--loss",
         choices=LOSSES,
-        default="cqc",
-        help="cqc: as released, all other rows are negatives; cqc-paper: only x against z of the "
-        "other view; contrastive: x with x, z with z (SPQ-C)",
+        default="cqc-paper",
+        help="cqc-paper: only x against z of the other view; cqc: as released, all other rows are "
+        "negatives; contrastive: x with x, z with z (SPQ-C)",
     )
     flag(
         "--contrastive_temperature",
@@ -223,6 +278,39 @@ def add_training_flags(parser: Parser) -> None:
         default=2000,
         metavar="N",
         help="passes over the training images; the schedule ends here",
+    )
+    flag(
+        "--joint_views",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="both views through the network in one pass: batch norm then takes its statistics "
+        "over both, and a GPU has more to do at once",
+    )
+    flag(
+        "--freeze_bn",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="from the first evaluation on, batch norm keeps its running statistics and normalises "
+        "by them: what the released code does unawares",
+    )
+    flag(
+        "--accumulate",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="send a batch through the network in N parts, so that memory holds the activations "
+        "of one; the loss is still that of the whole batch. Costs a second forward pass; batch "
+        "norm's statistics are those of a part",
+    )
+    flag(
+        "--max_minutes",
+        type=positive,
+        default=None,
+        metavar="MINUTES",
+        help="save and leave after so long, with exit code 75; --resume=auto goes on (default: no "
+        "such stop)",
     )
     flag(
         "--max_steps",
@@ -280,6 +368,14 @@ def add_training_flags(parser: Parser) -> None:
         metavar="BOOL",
         help="torch.compile the trunk: a minute at the start, then faster steps; needs a C++ "
         "compiler on the CPU",
+    )
+    flag(
+        "--cuda_graph",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="on a GPU, replay the training step as one CUDA graph: for networks so narrow or "
+        "batches so small that launching kernels takes longer than running them",
     )
     flag(
         "--seed",
@@ -367,9 +463,10 @@ def add_run_flags(parser: Parser) -> None:
     flag(
         "--log_every",
         type=positive_int,
-        default=10,
+        default=None,
         metavar="STEPS",
-        help="steps between lines of metrics.jsonl",
+        help="steps between lines of metrics.jsonl; on a GPU each waits for all work so far "
+        "(default: 10 on a CPU, an epoch on a GPU)",
     )
 
 
@@ -386,6 +483,8 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         The flags, and `given`: the names of those that were on the command line.
     """
     words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    parser.set_defaults(**RECIPES[args.recipe])
     args = parser.parse_args(words)
     unset = argparse.Namespace(**dict.fromkeys(vars(args), _UNSET))
     said = vars(parser.parse_args(words, unset)).items()
@@ -405,6 +504,15 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         )
     if args.overwrite and args.resume is not None:
         parser.error("--overwrite: contradicts --resume; allowed is one of them")
+    if args.batch_size % args.accumulate or args.batch_size < 2 * args.accumulate:
+        parser.error(
+            f"--accumulate={args.accumulate}: must divide --batch_size={args.batch_size} into "
+            "parts of at least 2 images"
+        )
+    if args.accumulate > 1 and args.cuda_graph:
+        parser.error("--cuda_graph: holds one whole step; allowed with --accumulate=1")
+    if args.validate and args.dataset == "folder":
+        parser.error("--validate: a folder has no labels to score with; allowed is cifar10")
     if args.warmup_epochs > args.epochs:
         parser.error(
             f"--warmup_epochs={args.warmup_epochs:g}: must be at most --epochs={args.epochs}"

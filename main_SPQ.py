@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from args import parse_args, spq_parser
-from data.augment import SimCLRAugment
-from data.batches import DeviceBatches
-from data.cifar10 import CLASSES, load_cifar10
+from data.augment import AUGMENTATIONS
+from data.batches import DeviceBatches, ViewBatches
+from data.cifar10 import CLASSES, hold_out, load_cifar10
 from data.folder import load_folder
 from losses import contrastive_loss, cqc_loss
 from models import build_spq
@@ -24,6 +24,7 @@ from utils.loop import Trainer
 from utils.report import report
 from utils.setup import start_run
 
+AHEAD = 8  # batches that a GPU augments together: its cost there is that of launching kernels
 LOSSES = {
     "cqc": partial(cqc_loss, variant="released"),
     "cqc-paper": partial(cqc_loss, variant="paper"),
@@ -42,12 +43,22 @@ def main(argv: list[str] | None = None) -> None:
     else:  # CIFAR-10's protocol: the training images are the database, the test images the queries
         train, test = load_cifar10(args.data_dir, download=args.if_download)
         run.check_labels(train.labels, test.labels)
+        if args.validate:  # settings are chosen without a look at the test images
+            train, test = hold_out(train)
         images = train.images
         db = (train.images[: args.limit_db], train.labels[: args.limit_db])
         query = (test.images[: args.limit_query], test.labels[: args.limit_query])
         evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
     images = images[: args.limit_train].to(device)
-    batches = DeviceBatches(images, args.batch_size, args.seed, ranks)
+    augment = AUGMENTATIONS[args.augmentation](
+        args.crop_size, args.crop_min_area, args.jitter_strength
+    )
+    batches = ViewBatches(
+        DeviceBatches(images, args.batch_size, args.seed, ranks),
+        lambda step: [augment, augment],
+        args.seed,
+        ahead=AHEAD if device.type == "cuda" else 1,
+    )
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels
     layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
@@ -62,16 +73,19 @@ def main(argv: list[str] | None = None) -> None:
     ).to(device, memory_format=layout)
     if args.compile:
         model.trunk.compile()
-    augment = SimCLRAugment(args.crop_size).to(device)
     criterion = LOSSES[args.loss]
 
-    def loss_of(model: nn.Module, images: Tensor) -> Tensor:
-        x_a, z_a = model(augment(images))
-        x_b, z_b = model(augment(images))
-        x_a, x_b, z_a, z_b = ranks.gather(x_a, x_b, z_a, z_b)  # negatives of all processes
+    def embed(model: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if args.joint_views:  # batch norm over both views: one pass of twice the size
+            x, z = model(torch.cat(views))
+            return *x.chunk(2), *z.chunk(2)
+        (x_a, z_a), (x_b, z_b) = (model(view) for view in views)
+        return x_a, x_b, z_a, z_b
+
+    def loss_of(x_a: Tensor, x_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
         return criterion(x_a, x_b, z_a, z_b, tau=args.contrastive_temperature)
 
-    trainer = Trainer(args, "SPQ", model, loss_of, batches, evaluate, ranks, run.checkpoint)
+    trainer = Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, run.checkpoint)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
     report(run, trainer, metrics, CLASSES)
 

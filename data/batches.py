@@ -1,5 +1,8 @@
 """Batches of a set that sits on the training device: no copies, no workers."""
 
+import zlib
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,3 +54,49 @@ class DeviceBatches:
         share = self.batch_size // self.ranks.world_size
         start = i * self.batch_size + self.ranks.rank * share
         return self.images[self._order[1][start : start + share]]
+
+
+class ViewBatches:
+    """Random views of shuffled batches, augmented several batches at a time.
+
+    Views at a step depend on the seed, the step and the rank alone, so any step can be drawn again
+    after a resume. An augmentation is a chain of small operations whose launches cost a GPU more
+    than their arithmetic; `ahead` batches share them.
+
+    Args:
+        batches: the images.
+        augments_at: step -> the augmentation of each view from that step on; asked at the first
+            step of every `ahead`.
+        seed: of the random numbers.
+        ahead: batches that are augmented together.
+    """
+
+    def __init__(
+        self,
+        batches: DeviceBatches,
+        augments_at: Callable[[int], Sequence[Callable[[Tensor], Tensor]]],
+        seed: int,
+        ahead: int = 1,
+    ) -> None:
+        self.batches, self.augments_at, self.seed, self.ahead = batches, augments_at, seed, ahead
+        self._made: tuple[int, list[Tensor]] | None = None
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.batches)
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """This rank's views at `step`, each (B, 3, S, S) float32 in [0, 1]."""
+        group, i = divmod(step, self.ahead)
+        if self._made is None or self._made[0] != group:
+            self._made = (group, self._make(group * self.ahead))
+        return tuple(views[i] for views in self._made[1])
+
+    def _make(self, start: int) -> list[Tensor]:
+        steps = range(start, start + self.ahead)
+        images = torch.cat([self.batches.batch(step) for step in steps])
+        rank = self.batches.ranks.rank
+        torch.manual_seed(zlib.crc32(f"{self.seed} {rank} {start}".encode()))
+        return [
+            augment(images).unflatten(0, (self.ahead, -1)) for augment in self.augments_at(start)
+        ]

@@ -99,6 +99,16 @@ def load_cifar10(
         raise UserError(f"--data_dir={data_dir}: cannot be read: {error}") from error
 
 
+def hold_out(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """The training images without the last tenth, and that tenth: 45,000 and 5,000.
+
+    The 5,000 are queries to choose settings by, so that the test images choose nothing.
+    """
+    kept = len(train.images) * 9 // 10
+    parts = (slice(None, kept), slice(kept, None))
+    return tuple(LabelledImages(train.images[part], train.labels[part]) for part in parts)
+
+
 def check(data_dir: Path) -> tuple[str | None, list[str]]:
     """Compare the files below `data_dir` with the published hashes.
 

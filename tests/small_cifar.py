@@ -19,6 +19,7 @@ ROW_BYTES = 3073
 
 # flags that make a run of a few seconds
 FAST = [
+    "--loss=cqc",
     "--width=8",
     "--crop_size=16",
     "--batch_size=20",
@@ -69,7 +70,7 @@ def log_of(folder, kind):
 class SameViews(torch.nn.Module):
     """In place of the augmentation: a crop, the first time from the left, the next the right."""
 
-    def __init__(self, crop_size: int) -> None:
+    def __init__(self, crop_size: int, min_area: float, strength: float) -> None:
         super().__init__()
         self.size, self.calls = crop_size, 0
 
@@ -90,5 +91,5 @@ if __name__ == "__main__":
     data.cifar10.ROWS = ROWS
     if "--views=same" in sys.argv:
         sys.argv.remove("--views=same")
-        main_SPQ.SimCLRAugment = SameViews
+        main_SPQ.AUGMENTATIONS["kornia"] = SameViews
     run_main(main_SPQ.main)

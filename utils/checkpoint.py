@@ -20,7 +20,6 @@ KEYS = {
     "model",
     "optimizer",
     "scaler",
-    "rng",
     "step",
     "last_eval",
 }

@@ -5,8 +5,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol
@@ -16,18 +16,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.checkpoint import LAST, check_same, save_checkpoint
+from utils.cuda_graph import StepGraph
 from utils.device import AMP_DTYPES
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logging import RunLog, plain
+from utils.optimizers import build_optimizer, restore_optimizer, set_lr
 from utils.schedule import lr_schedule
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, beside --checkpoint_every
+TIME_IS_OVER = 75  # exit code at --max_minutes: sysexits' "try again", here with --resume=auto
 LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has overflowed
 # a resumed run draws the same images in the same order only if these are as they were
-FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer"]
+FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate"]
 # what an evaluation's figures depend on, beside the weights
-EVALUATION_FLAGS = ["Top_N", "distance", "limit_db", "limit_query", "input_size"]
+EVALUATION_FLAGS = ["Top_N", "distance", "limit_db", "limit_query", "input_size", "validate"]
 
 
 class TrainingStopped(Exception):
@@ -38,25 +41,18 @@ class TrainingStopped(Exception):
         self.exit_code = exit_code
 
 
-def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """--optimizer over all parameters."""
-    parameters, decay = list(model.parameters()), args.weight_decay
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=args.lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=True
-        )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return kind(parameters, lr=args.lr, weight_decay=decay, fused=True)
+Views = tuple[Tensor, ...]
 
 
 class Batches(Protocol):
-    """Where a Trainer's images come from, `data.batches.DeviceBatches` for one."""
+    """Where a Trainer's images come from, `data.batches.ViewBatches` for one."""
 
     def __len__(self) -> int:
         """Batches in an epoch."""
 
-    def batch(self, step: int) -> Tensor:
-        """This rank's images of the batch at `step`, counted from 0 over the whole training."""
+    def batch(self, step: int) -> Views:
+        """This rank's views of the batch at `step`, counted from 0 over the whole training; the
+        same ones whenever it is asked."""
 
 
 class Trainer:
@@ -66,8 +62,9 @@ class Trainer:
         args: flags of the run, with `amp` resolved; never changed.
         method: name that checkpoints carry, "SPQ".
         model: on the device. Its state_dict is what checkpoints hold.
-        loss_of: (model, images) -> scalar loss of a batch of uint8 images.
-        batches: source of the images.
+        embed: (model, views) -> tensors with a row for each image of the batch.
+        loss_of: those tensors, of the whole batch -> scalar loss.
+        batches: source of the views.
         evaluate: model -> list of metric dicts, the headline first; None where there is nothing to
             evaluate with.
         ranks: this process among the others.
@@ -79,13 +76,15 @@ class Trainer:
         args: Namespace,
         method: str,
         model: nn.Module,
-        loss_of: Callable[[nn.Module, Tensor], Tensor],
+        embed: Callable[[nn.Module, Views], Views],
+        loss_of: Callable[..., Tensor],
         batches: Batches,
         evaluate: Callable[[nn.Module], list[dict]] | None,
         ranks: Ranks,
         checkpoint: dict | None = None,
     ) -> None:
-        self.args, self.method, self.model, self.loss_of = args, method, model, loss_of
+        self.args, self.method, self.model = args, method, model
+        self.embed, self.loss_of = embed, loss_of
         self.batches, self.evaluate_model, self.ranks = batches, evaluate, ranks
         self.device = next(model.parameters()).device
         self.path: Path = args.output_dir / LAST
@@ -98,12 +97,16 @@ class Trainer:
         self.step = 0
         self.last_eval: dict | None = None  # headline metrics, with the step they belong to
         self.evaluated = 0  # step of the last evaluation in the log
-        torch.manual_seed(args.seed + ranks.rank)  # of the augmentation, another on each rank
         if checkpoint is not None:
             self._restore(checkpoint)
         self.log: RunLog | None = None  # opened by `fit`: an evaluation alone leaves it untouched
         self.saved = True  # whether the last checkpoint could be written
         self.wrapped = ranks.wrap(model)
+        # Reading a loss is a CPU-GPU sync point: on a GPU the CPU must run ahead, to keep it busy.
+        on_cpu = self.device.type == "cpu"
+        self.log_every = args.log_every or (10 if on_cpu else len(batches))
+        self._unread: list[tuple[int, Tensor]] = []  # steps and their loss and gradient norm
+        self._graph = StepGraph(self._optimise) if args.cuda_graph and not on_cpu else None
         self._signal = 0
 
     # --- one step ---------------------------------------------------------------------------
@@ -113,33 +116,86 @@ class Trainer:
         dtype = AMP_DTYPES[self.args.amp]
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def train_step(self) -> float:
-        """One optimisation step at `self.step`; returns its loss.
+    def train_step(self) -> None:
+        """One optimisation step at `self.step`.
 
         Raises:
-            TrainingStopped: if loss or gradients are not finite; the weights stay as they were.
+            TrainingStopped: on a CPU, if loss or gradients are not finite; the weights stay as
+                they were. On a GPU `read_losses` finds it.
         """
-        self.wrapped.train()  # every step: evaluation switches the mode
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self.step)
-        images = self.batches.batch(self.step)
-        with self.autocast():
-            loss = self.loss_of(self.wrapped, images)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        value, norm = self._loss_and_norm(loss)
-        if not math.isfinite(value) or not math.isfinite(norm):
-            what = "loss" if not math.isfinite(value) else "gradient"
-            self._diverged(
-                f"The {what} at step {self.step} is not finite (loss {value}, gradient norm "
-                f"{norm}, lr {self.lr_at(self.step):.3g}); the step was not taken"
-            )
+        # every step: evaluation switches the mode (and the released code forgot to switch back)
+        training = not (self.args.freeze_bn and self.evaluated)
+        self.wrapped.train(training)
+        set_lr(self.optimizer, self.lr_at(self.step))
+        views = self.batches.batch(self.step)
+        stats = self._graph(views, training) if self._graph else self._optimise(views)
+        self._unread.append((self.step, stats))
+        self.step += 1
+
+    def _optimise(self, views: Views) -> Tensor:
+        """Forward, backward and update, all on the device; loss and gradient norm, (2,)."""
+        self.optimizer.zero_grad()
+        loss = self._backward(views)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        stats = torch.stack([loss.detach().float(), norm.float()])
+        if self.device.type == "cpu":
+            self._check_finite(self.step, *stats.tolist(), "; the step was not taken")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < LOWEST_SCALE:
+        return stats
+
+    def _backward(self, views: Views) -> Tensor:
+        """The loss of the whole batch, its gradients in place."""
+        if self.args.accumulate == 1:
+            with self.autocast():
+                loss = self.loss_of(*self.ranks.gather(*self.embed(self.wrapped, views)))
+            self.scaler.scale(loss).backward()
+            return loss
+        # A contrastive loss is no sum over images, so its gradients cannot be summed over parts of
+        # a batch. First the embeddings of all parts without a graph, then the loss's gradient with
+        # respect to them, then each part again with a graph (Gao et al. 2021, GradCache).
+        parts = list(zip(*(view.chunk(self.args.accumulate) for view in views), strict=True))
+        with torch.no_grad(), kept_statistics(self.model):
+            outputs = [self._embed_part(part) for part in parts]
+        leaves = [torch.cat(rows).requires_grad_() for rows in zip(*outputs, strict=True)]
+        with self.autocast():
+            loss = self.loss_of(*self.ranks.gather(*leaves))
+        self.scaler.scale(loss).backward()
+        grads = list(zip(*(leaf.grad.split(len(parts[0][0])) for leaf in leaves), strict=True))
+        for i, part in enumerate(parts):
+            last = i + 1 == len(parts)  # gradients of the ranks are averaged once
+            with nullcontext() if last or self.wrapped is self.model else self.wrapped.no_sync():
+                torch.autograd.backward(self._embed_part(part), grads[i])
+        return loss
+
+    def _embed_part(self, views: Views) -> Views:
+        with self.autocast():
+            return self.embed(self.wrapped, views)
+
+    def read_losses(self) -> float:
+        """Mean loss of the steps since the last reading (a CPU-GPU sync point).
+
+        Raises:
+            TrainingStopped: if a loss or a gradient was not finite.
+        """
+        steps, stats = zip(*self._unread, strict=True)
+        self._unread = []
+        values = torch.stack(stats).tolist()
+        if not self.scaler.is_enabled():
+            for step, (loss, norm) in zip(steps, values, strict=True):
+                self._check_finite(step, loss, norm, f"; the weights since step {step} are lost")
+        elif self.scaler.get_scale() < LOWEST_SCALE:
             self._diverged(f"All fp16 gradients up to step {self.step} overflow")
-        self.step += 1
-        return value
+        return sum(loss for loss, _ in values) / len(values)
+
+    def _check_finite(self, step: int, loss: float, norm: float, outcome: str) -> None:
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            self._diverged(
+                f"The {what} at step {step} is not finite (loss {loss}, gradient norm {norm}, lr "
+                f"{self.lr_at(step):.3g}){outcome}"
+            )
 
     def _diverged(self, what: str) -> NoReturn:
         raise TrainingStopped(
@@ -156,15 +212,6 @@ class Trainer:
                 f"The weights after step {self.step} are not finite (lr "
                 f"{self.lr_at(max(0, self.step - 1)):.3g}); they were not saved"
             )
-
-    def _loss_and_norm(self, loss: Tensor) -> tuple[float, float]:
-        """Loss and gradient norm, in one transfer (a CPU-GPU sync point)."""
-        if self.scaler.is_enabled():
-            return loss.item(), 0.0  # the scaler itself skips steps whose gradients overflowed
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        value, norm = torch.stack([loss.detach().float(), norm.float()]).tolist()
-        return value, norm
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -196,7 +243,8 @@ class Trainer:
         metrics: list[dict] = []
         if self._evaluation_due():  # killed after the checkpoint and before its evaluation
             metrics = self.evaluate()
-        saved, clock, images = time.monotonic(), time.perf_counter(), 0
+        started = saved = time.monotonic()
+        clock, clock_step = time.perf_counter(), self.step
         with tqdm(
             total=self.total_steps,
             initial=self.step,
@@ -207,37 +255,35 @@ class Trainer:
         ) as bar:
             while self.step < self.total_steps:
                 epoch = self.step // epoch_steps
-                loss = self.train_step()
-                images += self.args.batch_size
-                done = self.step == self.total_steps
-                if self.step % self.args.log_every == 0 or self.step % epoch_steps == 0 or done:
-                    speed = images / max(1e-9, time.perf_counter() - clock)
-                    lr = self.optimizer.param_groups[0]["lr"]
-                    self.log.write(
-                        {
-                            "kind": "train",
-                            "epoch": self.step / epoch_steps,
-                            "step": self.step,
-                            "loss": loss,
-                            "lr": lr,
-                            "images_per_s": speed,
-                        }
-                    )
-                    self._show(bar, epoch, loss, lr, speed)
-                    clock, images = time.perf_counter(), 0
+                self.train_step()
                 bar.update()
-                # one number for all ranks: the signal above, whether a checkpoint is late below
-                late = time.monotonic() - saved > CHECKPOINT_SECONDS
-                agreed = self.ranks.max(self._signal << 1 | late, self.device)
-                if agreed > 1:
-                    self._stop(agreed >> 1)
+                done = self.step == self.total_steps
                 due = self._evaluation_due()
-                if due or agreed or self.step % self.args.checkpoint_every == 0:
+                reads = self.step % self.log_every == 0 or self.step % epoch_steps == 0 or done
+                asked = 0  # why to stop or save now; the same on all ranks
+                if reads or self.ranks.world_size == 1:
+                    now = time.monotonic()
+                    late = now - saved > CHECKPOINT_SECONDS
+                    over = now - started > 60 * (self.args.max_minutes or math.inf)
+                    asked = self.ranks.max(self._signal << 2 | over << 1 | late, self.device)
+                saves = due or asked or self.step % self.args.checkpoint_every == 0
+                if reads or saves:
+                    loss = self.read_losses()
+                    passed = time.perf_counter() - clock
+                    speed = (self.step - clock_step) * self.args.batch_size / max(1e-9, passed)
+                    clock, clock_step = time.perf_counter(), self.step
+                    lr = self.lr_at(self.step - 1)
+                    entry = {"kind": "train", "epoch": self.step / epoch_steps, "step": self.step}
+                    self.log.write(entry | {"loss": loss, "lr": lr, "images_per_s": speed})
+                    self._show(bar, epoch, loss, lr, speed)
+                if asked > 1 and not done:
+                    self._stop(asked >> 2)
+                if saves:
                     self.save()
                     saved = time.monotonic()
                 if due and not done:
                     metrics = self.evaluate()
-                    clock, images = time.perf_counter(), 0
+                    clock = time.perf_counter()
         if self.evaluate_model is None:
             self.save()
         elif self.last_eval is None or self.last_eval["step"] != self.step:
@@ -300,7 +346,6 @@ class Trainer:
             TrainingStopped: if weights are not finite; the file stays as it was.
         """
         self._check_weights()
-        rng = self.ranks.collect(_random_state(self.device))
         problem = None
         if self.ranks.is_main:
             state = {
@@ -310,7 +355,6 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "rng": rng,
                 "last_eval": self.last_eval,
             }
             try:
@@ -326,7 +370,8 @@ class Trainer:
         return self.saved
 
     def _restore(self, checkpoint: dict) -> None:
-        args, saved, path = self.args, checkpoint["args"], Path(checkpoint["path"])
+        args, path = self.args, Path(checkpoint["path"])
+        saved = {"validate": False} | checkpoint["args"]  # older ones have no such flag
         if not args.eval_only:
             why = "they fix the order of the images and the state of the optimizer"
             check_same(saved, args, FIXED_ON_RESUME, why, path)
@@ -336,10 +381,9 @@ class Trainer:
             self.evaluated = self.last_eval["step"] if self.last_eval else 0
             if args.eval_only:
                 return
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            restore_optimizer(self.optimizer, checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self._restore_random_state(checkpoint["rng"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             detail = " ".join(str(error).split())[:200]
             raise UserError(
@@ -348,41 +392,35 @@ class Trainer:
         if any(saved.get(name) != getattr(args, name) for name in EVALUATION_FLAGS):
             self.last_eval = None  # evaluated under other flags: not this run's figure
 
-    def _restore_random_state(self, states: list[dict[str, Tensor]]) -> None:
-        if len(states) == self.ranks.world_size:
-            _set_random_state(states[self.ranks.rank], self.device)
-        elif self.ranks.is_main:
-            print(
-                f"The checkpoint is of {len(states)} processes, this run has "
-                f"{self.ranks.world_size}: augmentation starts from other random numbers."
-            )
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal:  # the second time: at once
             raise KeyboardInterrupt
         self._signal = number
 
     def _stop(self, number: int) -> None:
+        """Save and leave: a signal came, or (number 0) --max_minutes are over."""
         outcome = f"saved {self.path}" if self.save() else f"NOT saved, see above: {self.path}"
+        why = "Interrupted" if number else f"--max_minutes={self.args.max_minutes:g} are over"
         raise TrainingStopped(
-            f"Interrupted after step {self.step} of {self.total_steps}; {outcome}. To go on, give "
+            f"{why} after step {self.step} of {self.total_steps}; {outcome}. To go on, give "
             f"the same command with --resume=auto --output_dir={self.args.output_dir} (and without "
             "--overwrite)",
-            exit_code=128 + number,
+            exit_code=128 + number if number else TIME_IS_OVER,
         )
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+@contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm's running statistics stay as they are, whatever passes through the model."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _summary(metrics: list[dict], top_n: int) -> str:

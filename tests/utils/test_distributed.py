@@ -131,7 +131,7 @@ def test_main_s_own_step_equals_that_of_one_process(small_files, small_set, tmp_
     two = torchrun(small_files, tmp_path / "two", "--max_steps=2", "--views=same")
     assert two.returncode == 0, two.stderr
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_SPQ, "SimCLRAugment", small_cifar.SameViews)
+        patch.setitem(main_SPQ.AUGMENTATIONS, "kornia", small_cifar.SameViews)
         flags = [f"--data_dir={small_files}", f"--output_dir={tmp_path / 'one'}", "--max_steps=2"]
         main_SPQ.main([*small_cifar.FAST, *flags])
     losses = []
@@ -149,8 +149,6 @@ def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_
     assert first.stdout.count("Result at step 3") == 1
     state = load_checkpoint(tmp_path / LAST)
     assert state["step"] == 3
-    assert len(state["rng"]) == 2
-    assert not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])
     assert "Warning" not in first.stderr
     second = torchrun(small_files, tmp_path, "--max_steps=5", "--resume=auto")
     assert second.returncode == 0, second.stderr

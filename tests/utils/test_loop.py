@@ -1,0 +1,192 @@
+"""The shared training loop by itself: a batch in parts, frozen batch norm, a time limit."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from data.batches import DeviceBatches, ViewBatches
+from losses import cqc_loss
+from models import build_spq
+from utils.checkpoint import LAST, load_checkpoint
+from utils.distributed import Ranks
+from utils.logging import read_metrics
+from utils.loop import TIME_IS_OVER, Trainer, TrainingStopped, kept_statistics
+
+B = 8
+
+
+def flags(folder, **changed):
+    default = {
+        "output_dir": folder,
+        "batch_size": B,
+        "seed": 0,
+        "epochs": 3,
+        "max_steps": None,
+        "max_minutes": None,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "lr_schedule": "constant",
+        "warmup_epochs": 0.0,
+        "amp": "off",
+        "accumulate": 1,
+        "freeze_bn": False,
+        "cuda_graph": False,
+        "eval_epoch": 1,
+        "eval_only": False,
+        "log_every": 2,
+        "checkpoint_every": 100,
+        "limit_train": None,
+        "limit_db": None,
+        "limit_query": None,
+        "input_size": 12,
+        "validate": False,
+        "Top_N": 5,
+        "distance": "l2",
+    }
+    assert changed.keys() <= default.keys()
+    return Namespace(**(default | changed))
+
+
+def make(folder, evaluate=None, **changed):
+    """A trainer of a tiny SPQ in float64 on random images; views are crops, left and right."""
+    args = flags(folder, **changed)
+    torch.manual_seed(0)
+    model = build_spq("resnet18", 4, "soft", M=2, K=4, d=4).double()
+    images = torch.randint(0, 256, (4 * B, 3, 12, 16), dtype=torch.uint8)
+    crops = [
+        lambda images: images[..., :12].double() / 255,
+        lambda images: images[..., 4:].double() / 255,
+    ]
+    batches = ViewBatches(DeviceBatches(images, B, 0, Ranks()), lambda step: crops, 0)
+
+    def embed(model, views):
+        (x_a, z_a), (x_b, z_b) = (model(view) for view in views)
+        return x_a, x_b, z_a, z_b
+
+    def loss_of(*embeddings):
+        return cqc_loss(*embeddings, tau=0.5)
+
+    return Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, Ranks())
+
+
+def freeze(model):
+    """Batch norm by its running statistics, so that parts of a batch do not see each other."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True: module
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts, tmp_path):
+    trainers = [make(tmp_path, accumulate=n) for n in (1, parts)]
+    grads = []
+    for trainer in trainers:
+        freeze(trainer.model)
+        trainer.train_step()
+        grads.append({name: p.grad for name, p in trainer.model.named_parameters()})
+    # float64; sums in another order
+    assert trainers[0].read_losses() == pytest.approx(trainers[1].read_losses(), rel=1e-12)
+    for name, want in grads[0].items():
+        assert want.abs().max() > 0, name
+        torch.testing.assert_close(grads[1][name], want, rtol=1e-8, atol=1e-12)
+    # the sum of the parts' own losses would be another thing: fewer negatives
+    apart = make(tmp_path)
+    freeze(apart.model)
+    views = [view[: B // parts] for view in apart.batches.batch(0)]
+    part = apart.loss_of(*apart.embed(apart.model.train(), views))
+    assert abs(part.item() - trainers_loss(tmp_path)) > 0.1
+
+
+def trainers_loss(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train_step()
+    return trainer.read_losses()
+
+
+def test_statistics_of_a_batch_in_parts_are_updated_once_a_part(tmp_path):
+    trainer = make(tmp_path, accumulate=2)
+    norm = trainer.model.trunk.stem[1]
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    trainer.train_step()
+    parts = seen[4:]  # after the pass without a graph: two parts of two views
+    mean = torch.zeros(4, dtype=torch.float64)
+    for x in parts:
+        mean.lerp_(x.mean(dim=(0, 2, 3)), norm.momentum)
+    torch.testing.assert_close(norm.running_mean, mean)
+
+
+def test_kept_statistics_gives_the_momenta_back():
+    norm = nn.BatchNorm2d(3, momentum=0.3)
+    with kept_statistics(nn.Sequential(norm)):
+        norm(torch.randn(4, 3, 2, 2))
+    assert norm.momentum == 0.3
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+
+
+def evaluation(model):
+    model.eval(), model.train()
+    return [{"code_bits": 4, "distance": "l2", "mAP@5": 0.5, "mAP@all": 0.1, "queries": 1}]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_freeze_bn_begins_with_the_first_evaluation(frozen, tmp_path):
+    trainer = make(tmp_path, evaluation, freeze_bn=frozen)
+    means, norm = [], trainer.model.trunk.stem[1]
+    step = trainer.train_step
+
+    def watched():
+        step()
+        means.append((norm.training, norm.running_mean.clone(), norm.weight.detach().clone()))
+
+    trainer.train_step = watched
+    trainer.fit()  # 3 epochs of 4 steps, evaluated after each
+    assert [training for training, *_ in means] == [True] * 4 + [not frozen] * 8
+    assert not torch.equal(means[2][1], means[3][1])
+    assert torch.equal(means[3][1], means[11][1]) == frozen
+    assert not torch.equal(means[10][2], means[11][2])  # scale and shift learn on
+
+
+def test_freeze_bn_holds_after_a_resume(tmp_path):
+    make(tmp_path, evaluation, freeze_bn=True, max_steps=6).fit()
+    state = load_checkpoint(tmp_path / LAST)
+    again = make(tmp_path, evaluation, freeze_bn=True)
+    again._restore(state)
+    again.train_step()
+    assert not again.model.training
+    assert torch.equal(
+        again.model.trunk.stem[1].running_mean, state["model"]["trunk.stem.1.running_mean"]
+    )
+
+
+def test_max_minutes_saves_and_leaves(tmp_path):
+    trainer = make(tmp_path, max_minutes=1e-9)
+    with pytest.raises(TrainingStopped, match=r"--max_minutes=1e-09 are over .*--resume=auto") as e:
+        trainer.fit()
+    assert e.value.exit_code == TIME_IS_OVER == 75
+    state = load_checkpoint(tmp_path / LAST)
+    assert state["step"] == 1
+    assert "max_minutes" in state["args"]
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_line(tmp_path):
+    every, second = make(tmp_path / "1", log_every=1), make(tmp_path / "2", log_every=2)
+    for trainer in (every, second):
+        trainer.args.output_dir.mkdir()
+        trainer.fit()
+    losses = [[e["loss"] for e in read_metrics(tmp_path / name)] for name in ("1", "2")]
+    pairs = [(a + b) / 2 for a, b in zip(losses[0][::2], losses[0][1::2], strict=True)]
+    assert losses[1] == pytest.approx(pairs, rel=1e-12)
+
+
+def test_a_resumed_optimizer_has_this_run_s_settings(tmp_path):
+    make(tmp_path, max_steps=2).fit()
+    again = make(tmp_path, weight_decay=0.5, lr=0.3)
+    again._restore(load_checkpoint(tmp_path / LAST))
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
+    momenta = [s["momentum_buffer"] for s in again.optimizer.state.values()]
+    assert len(momenta) == len(list(again.model.parameters()))
