@@ -225,7 +225,7 @@ def adjust_hue(view: Tensor, turns: Tensor) -> Tensor:
         of_red,
         torch.where(green >= blue, 2 + of_green, 4 + of_blue),
     )
-    n = torch.tensor([5.0, 3.0, 1.0], device=view.device)[:, None, None]
+    n = torch.arange(5, 0, -2, device=view.device)[:, None, None]  # 5, 3, 1
     k = torch.remainder(n + (hue + 6 * turns[:, 0])[:, None], 6.0)  # (B, 3, S, S)
     return high[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp_(0, 1)
 

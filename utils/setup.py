@@ -26,6 +26,8 @@ FREE_FLAGS = {
     "data_dir",
     "if_download",
     "max_steps",
+    "max_minutes",
+    "cuda_graph",
     "eval_only",
     "eval_epoch",
     "checkpoint_every",
