@@ -1,10 +1,11 @@
 """Time our parts against plain ones, after asserting that both compute the same.
 
     python scripts/benchmark.py                    # everything, some minutes on two cores
-    python scripts/benchmark.py --part loss        # one of: loss, augmentation, step, evaluation
+    python scripts/benchmark.py --part=loss        # or several of loss,augmentation,step,evaluation
 
 The plain versions are written as the released code works: float32, default memory layout, a
-(2B, 2B, D) tensor of cosines in the loss, a Python loop over queries and codebooks in evaluation.
+(2B, 2B, D) tensor of cosines in the loss, a Python loop over queries and codebooks in evaluation,
+kornia's augmentation. Whole epochs, a profile of a step and its memory: benchmark_training.py.
 """
 
 import argparse
@@ -22,31 +23,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.augment import SimCLRAugment
+from data.augment import BatchedAugment, Draw, SimCLRAugment
 from losses import cqc_loss
+from main_SPQ import AHEAD
 from models import SPQ, build_quantizer, build_trunk
 from utils.device import AMP_DTYPES, choose_amp, describe_hardware
 from utils.metrics import evaluate_retrieval
 
+Part = Callable[[argparse.Namespace, torch.device], dict]
 TAU = 0.5
 QUERIES, ITEMS, TOP_N = 10_000, 50_000, 1000
 PLAIN_QUERIES = 200  # the plain evaluation is timed on these and scaled up
+# kornia solves float32 systems for each crop's map, which moves its points by some 1e-6 of the
+# image's side: on noise of 32 pixels crops differ by up to 1e-5, after the jitter by 3e-5
+SAME_VIEW = 1e-4
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median time of `work` after one call to warm up."""
     times = []
     for i in range(repeats + 1):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         if i:
             times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until all work given to a GPU is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -201,12 +208,65 @@ class Stepper:
         return loss.item()
 
 
+def draw_of_kornia(augment: SimCLRAugment, device: torch.device | str = "cpu") -> Draw:
+    """What kornia's transforms drew in their last call, as parameters of the batched pass."""
+    crop, flip, jitter, gray, blur = (transform._params for transform in augment.transforms)
+
+    def chosen(params: dict[str, Tensor]) -> Tensor:  # the images a transform was applied to
+        return params["batch_prob"].flatten() > 0.5
+
+    def factors(params: dict[str, Tensor], name: str, neutral: float) -> Tensor:
+        on, values = chosen(params), params[name].float().flatten()
+        if len(values) == len(on):
+            return torch.where(on, values, neutral)
+        return torch.full(on.shape, neutral).masked_scatter(on, values)  # drawn for those alone
+
+    corners = crop["src"].float()  # (B, 4, 2): x, y clockwise from the top left
+    left, top = corners[:, 0].unbind(1)
+    right, bottom = corners[:, 2].unbind(1)
+    names = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    # a neighbour's weight, that of the centre being 1: none for a sigma of (almost) nothing
+    weight = torch.exp(-0.5 / factors(blur, "sigma", 1e-6).square())
+    return Draw(
+        top.to(device),
+        left.to(device),
+        (bottom - top + 1).to(device),
+        (right - left + 1).to(device),
+        flip=chosen(flip).float().to(device),
+        jitter=tuple(factors(jitter, f"{k}_factor", v).to(device) for k, v in names.items()),
+        order=tuple(jitter["order"].tolist()),
+        gray=chosen(gray).float().to(device),
+        side=(weight / (1 + 2 * weight)).to(device),
+    )
+
+
 def bench_augmentation(args: argparse.Namespace, device: torch.device) -> dict:
-    """Both views of a batch; `share_of_step` sets it against the step of the network."""
-    images = torch.randint(0, 256, (args.batch_size, 3, 32, 32), dtype=torch.uint8, device=device)
-    augment = SimCLRAugment(32).to(device)
-    t = seconds(lambda: (augment(images), augment(images)), device, max(5, args.repeats))
-    return {"two_views_s": t, "images_per_s": args.batch_size / t}
+    """Both views of a batch; `share_of_step` sets them against the step of the network.
+
+    The batched pass takes as many batches at once as main_SPQ.py gives it; its time is that of
+    one batch.
+    """
+    at_once = AHEAD if device.type == "cuda" else 1
+    shape = (at_once * args.batch_size, 3, 32, 32)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    batch = images[: args.batch_size]
+    kornia, batched = SimCLRAugment(32).to(device), BatchedAugment(32)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # kornia blurs by convolution
+        want = kornia(batch)
+    difference = (batched.apply(batch, draw_of_kornia(kornia, device)) - want).abs().max().item()
+    assert difference <= SAME_VIEW, difference
+    repeats = max(5, args.repeats)
+    t_kornia = seconds(lambda: (kornia(batch), kornia(batch)), device, repeats)
+    t_batched = seconds(lambda: (batched(images), batched(images)), device, repeats) / at_once
+    return {
+        "kornia_s": t_kornia,
+        "batched_s": t_batched,
+        "ratio": t_kornia / t_batched,
+        "batches_at_once": at_once,
+        "batched_images_per_s": args.batch_size / t_batched,
+        "largest_difference": difference,
+        "equality": f"same images from kornia's parameters, within {SAME_VIEW:g}",
+    }
 
 
 def bench_evaluation(args: argparse.Namespace, device: torch.device) -> dict:
@@ -246,7 +306,7 @@ def bench_evaluation(args: argparse.Namespace, device: torch.device) -> dict:
     }
 
 
-PARTS = {
+PARTS: dict[str, Part] = {
     "loss": bench_loss,
     "augmentation": bench_augmentation,
     "step": bench_step,
@@ -254,36 +314,65 @@ PARTS = {
 }
 
 
-def main() -> None:
-    """Run the parts asked for and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
-    parser.add_argument("--width", type=int, default=64, help="of the trunk (default: 64)")
-    parser.add_argument("--batch_size", type=int, default=256, help="images (default: 256)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls; their median counts")
-    parser.add_argument(
-        "--amp", choices=["auto", "bf16", "off"], default="auto", help="of our step (default: auto)"
-    )
-    args = parser.parse_args()
+# --- command line, of benchmark_training.py too -------------------------------------------------
+
+
+def add_flags(parser: argparse.ArgumentParser, parts: dict[str, Part]) -> None:
+    """What both benchmarks take."""
+    flag = parser.add_argument
+    flag("--part", default="all", help=f"all (default), or some of {','.join(parts)}")
+    flag("--width", type=int, default=64, help="of the trunk (default: 64)")
+    flag("--batch_size", type=int, default=256, help="images (default: 256)")
+    flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="of our step")
+
+
+def run_parts(args: argparse.Namespace, parts: dict[str, Part], script: str) -> dict:
+    """Hardware, versions and the figures of each part asked for, by its name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "hardware": describe_hardware(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    if args.part == "all":  # each in a process of its own: peak memory is a process's
-        flags = ("width", "batch_size", "repeats", "amp")
-        passed_on = [f"--{name}={getattr(args, name)}" for name in flags]
-        for name in PARTS:
-            print(f"{name} ...", file=sys.stderr)
-            command = [sys.executable, __file__, f"--part={name}", *passed_on]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name] = json.loads(done.stdout)[name]
-    else:
-        found[args.part] = PARTS[args.part](args, device)
+    names = list(parts) if args.part == "all" else args.part.split(",")
+    unknown = [name for name in names if name not in parts]
+    if unknown:
+        sys.exit(f"--part={unknown[0]}: allowed are all and {', '.join(parts)}")
+    if len(names) == 1:
+        return found | {names[0]: parts[names[0]](args, device)}
+    for name in names:  # each in a process of its own: peak memory is a process's
+        print(f"{name} ...", file=sys.stderr)
+        found[name] = in_own_process(args, name, script)
+    return found
+
+
+def in_own_process(args: argparse.Namespace, part: str, script: str, **changed: object) -> dict:
+    """The figures of one part, run with the same flags but for those changed.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails; `stderr` says how.
+    """
+    flags = vars(args) | {"part": part} | changed
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    done = subprocess.run(
+        [sys.executable, script, *words], capture_output=True, text=True, check=False
+    )
+    print(done.stderr, end="", file=sys.stderr)
+    done.check_returncode()
+    return json.loads(done.stdout)[part]
+
+
+def main() -> None:
+    """Run the parts asked for and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_flags(parser, PARTS)
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls; their median counts")
+    found = run_parts(parser.parse_args(), PARTS, __file__)
     if "step" in found and "augmentation" in found:
-        share = found["augmentation"]["two_views_s"] / found["step"]["ours_s"]
-        found["augmentation"]["share_of_step"] = share
+        found["augmentation"]["share_of_step"] = {
+            name: found["augmentation"][f"{name}_s"] / found["step"]["ours_s"]
+            for name in ("kornia", "batched")
+        }
     print(json.dumps(found, indent=2))
 
 

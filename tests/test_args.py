@@ -3,6 +3,7 @@
 import pytest
 
 from args import code_bits, parse_args, spq_parser
+from utils.recipes import RECIPES
 
 
 def parse(*argv):
@@ -151,3 +152,56 @@ def test_an_empty_resume_and_a_warm_up_without_effect_are_refused(capsys):
     assert "--resume=" in refused(capsys, "--resume=")
     message = refused(capsys, "--warmup_epochs=2", "--lr_schedule=released")
     assert "--warmup_epochs=2" in message
+
+
+def test_recipes_are_defaults_that_flags_override():
+    plain, released = parse(), parse("--recipe=released")
+    assert vars(parse("--recipe=paper")) == vars(plain) | {"given": {"recipe"}}
+    assert plain.recipe == "paper"
+    names = {"recipe", "given"} | RECIPES["released"].keys()
+    same = [name for name in vars(plain) if name not in names]
+    assert [getattr(released, n) for n in same] == [getattr(plain, n) for n in same]
+    # the released code's own ways, slips included
+    assert released.loss == "cqc"
+    assert released.lr_schedule == "released"
+    assert released.freeze_bn is True
+    assert released.epochs == 5000
+    assert released.distance == "l2"
+    assert released.given == {"recipe"}
+    both = ("--recipe=released", "--freeze_bn=False", "--epochs=7")
+    for argv in (both, both[::-1]):
+        args = parse(*argv)
+        assert (args.freeze_bn, args.epochs, args.loss) == (False, 7, "cqc")
+    assert parse("--recipe=fast").recipe == "fast"
+    assert parse().loss == "cqc-paper"  # a recipe does not linger
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_flag_of_a_recipe_exists_and_takes_its_value(name):
+    explicit = [f"--{flag}={value}" for flag, value in RECIPES[name].items()]
+    written, named = vars(parse(*explicit)), vars(parse(f"--recipe={name}"))
+    assert {k: written[k] for k in RECIPES[name]} == RECIPES[name]
+    changed = {k for k in named if written[k] != named[k]}
+    assert changed <= {"recipe", "given"}
+
+
+def test_recipes_are_printed_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    page = " ".join(capsys.readouterr().out.split())
+    for name, flags in RECIPES.items():
+        assert name in page
+        for flag, value in flags.items():
+            assert f"--{flag}={value}" in page
+
+
+def test_parts_of_a_batch_must_fit(capsys):
+    assert "--accumulate=3" in refused(capsys, "--accumulate=3")
+    assert "at least 2 images" in refused(capsys, "--accumulate=8", "--batch_size=8")
+    assert "--cuda_graph" in refused(capsys, "--cuda_graph", "--accumulate=2")
+    assert parse("--accumulate=4").accumulate == 4
+
+
+def test_validation_needs_labels(capsys):
+    message = refused(capsys, "--validate", "--dataset=folder", "--data_dir=x")
+    assert "--validate: a folder has no labels" in message

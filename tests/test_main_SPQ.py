@@ -15,8 +15,10 @@ import torch
 from small_cifar import log_of, run
 
 import main_SPQ
+from data.cifar10 import load_cifar10
 from models import ProductQuantizer
 from utils.checkpoint import LAST, load_checkpoint, save_checkpoint
+from utils.errors import UserError
 from utils.loop import Trainer, TrainingStopped
 from utils.schedule import lr_schedule
 
@@ -218,6 +220,11 @@ def test_gradients_that_are_not_finite_stop_before_the_step(small_set, tmp_path,
         ["--loss=cqc-paper", "--lr_schedule=released", "--optimizer=sgd"],
         ["--amp=bf16", "--optimizer=adamw", "--warmup_epochs=0.5"],
         ["--input_size=24", "--distance=l2", "--crop_size=24", "--width=6"],
+        ["--augmentation=batched", "--crop_min_area=0.2", "--jitter_strength=0.5"],
+        ["--joint_views"],
+        ["--accumulate=2", "--cuda_graph=False"],
+        ["--recipe=released", "--epochs=2"],
+        ["--recipe=fast", "--epochs=2"],
     ],
     ids=lambda flags: flags[0].strip("-"),
 )
@@ -225,7 +232,8 @@ def test_every_variant_runs(flags, small_set, tmp_path):
     run(small_set, tmp_path, *flags, "--max_steps=2", "--limit_db=60", "--limit_query=10")
     evals = log_of(tmp_path, "eval")
     assert [e["queries"] for e in evals] == [10, 10]
-    assert evals[0]["distance"] == ("l2" if "--distance=l2" in flags else "squared_l2")
+    by_l2 = {"--distance=l2", "--recipe=released"} & set(flags)
+    assert evals[0]["distance"] == ("l2" if by_l2 else "squared_l2")
 
 
 @pytest.mark.parametrize(
@@ -329,3 +337,39 @@ def test_compiled_training(small_set, tmp_path):
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert losses[0] == pytest.approx(losses[1], rel=3e-2)
     assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "plain").keys()
+
+
+def test_validate_asks_held_out_training_images(small_set, tmp_path, monkeypatch):
+    seen = {}
+    fit = Trainer.fit
+
+    def see(trainer):
+        seen.update(evaluate=trainer.evaluate_model, batches=trainer.batches.batches.images)
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", see)
+    run(small_set, tmp_path, "--validate", "--max_steps=1")
+    train, _ = load_cifar10(small_set)
+    assert torch.equal(seen["evaluate"].query[0], train.images[270:])
+    assert torch.equal(seen["evaluate"].query[1], train.labels[270:])
+    assert torch.equal(seen["evaluate"].db[0], train.images[:270])
+    assert torch.equal(seen["batches"], train.images[:270])
+    assert log_of(tmp_path, "eval")[0]["queries"] == 30
+    with pytest.raises(UserError, match="--validate=False: .* made with --validate=True"):
+        run(small_set, tmp_path, "--resume=auto")
+
+
+def test_max_minutes_leaves_with_code_75_and_resumes_bit_equal(
+    finished, small_files, small_set, tmp_path
+):
+    for _ in range(2):
+        process = start(
+            small_files, tmp_path, "--eval_epoch=1", "--resume=auto", "--max_minutes=0.005"
+        )
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 75, err
+        assert "--max_minutes=0.005 are over" in err
+        assert "Traceback" not in err
+    assert 2 <= load_checkpoint(tmp_path / LAST)["step"] < STEPS
+    run(small_set, tmp_path, "--resume=auto", "--eval_epoch=1")
+    assert_same_weights(finished, tmp_path)

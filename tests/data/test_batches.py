@@ -1,9 +1,12 @@
-"""Batches: every image once an epoch, the same order again, shares of ranks."""
+"""Batches: every image once an epoch, the same order again, shares of ranks; their views."""
+
+import itertools
 
 import pytest
 import torch
 
-from data.batches import DeviceBatches
+from data.augment import BatchedAugment, SimCLRAugment
+from data.batches import DeviceBatches, ViewBatches
 from utils.distributed import Ranks
 from utils.errors import UserError
 
@@ -41,3 +44,92 @@ def test_impossible_batches_are_named():
         DeviceBatches(numbered(40), 50, seed=0, ranks=Ranks())
     with pytest.raises(UserError, match="--batch_size=9: must be a multiple of the 2 processes"):
         DeviceBatches(numbered(40), 9, seed=0, ranks=Ranks(0, 2))
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+def images_of(n=40):
+    return torch.randint(0, 256, (n, 3, 12, 12), dtype=torch.uint8)
+
+
+def views_of(images, ahead, seed=5, ranks=None, augments=None):
+    """Batches of 8 and their two random views."""
+    augments = augments or [BatchedAugment(8)] * 2
+    batches = DeviceBatches(images, 8, seed=1, ranks=ranks or Ranks())
+    return ViewBatches(batches, lambda step: augments, seed, ahead)
+
+
+@pytest.mark.parametrize("kind", [BatchedAugment, SimCLRAugment])
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_views_at_a_step_are_the_same_whenever_asked(ahead, kind):
+    images = images_of()
+    augments = [kind(8)] * 2
+    whole = views_of(images, ahead, augments=augments)
+    first = [whole.batch(step) for step in range(12)]  # two epochs of five, and two steps
+    assert len(whole) == 5
+    for step in (7, 0, 11, 11, 3, 4):  # the same object, in any order
+        assert all(map(torch.equal, whole.batch(step), first[step]))
+    for start in (4, 7):  # a resumed run begins within a group of batches
+        torch.manual_seed(99)
+        resumed = views_of(images, ahead, augments=augments)
+        for step in range(start, 12):
+            assert all(map(torch.equal, resumed.batch(step), first[step]))
+
+
+def test_what_else_draws_random_numbers_does_not_matter():
+    images = images_of()
+    one, two = (views_of(images, 2) for _ in range(2))
+    for step in range(6):
+        torch.rand(step)
+        view = one.batch(step)
+        assert all(map(torch.equal, view, two.batch(step)))
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_every_step_has_the_images_of_its_batch(ahead):
+    images = images_of(44)  # five batches of 8 in an epoch: groups of four cross its end
+    views = views_of(images, ahead, augments=[lambda x: x, lambda x: 255 - x])
+    for step in range(13):
+        want = views.batches.batch(step)
+        plain, negative = views.batch(step)
+        assert torch.equal(plain, want)
+        assert torch.equal(negative, 255 - want)
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_views_steps_and_seeds_differ(ahead):
+    images = images_of(1).expand(40, -1, -1, -1)  # one image: views differ by their draws alone
+    views = views_of(images, ahead)
+    seen = [view for step in range(6) for view in views.batch(step)]
+    seen += views_of(images, ahead, seed=6).batch(0)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_ranks_draw_other_random_numbers(ahead):
+    images = images_of(1).expand(40, -1, -1, -1)
+    a, b = (views_of(images, ahead, ranks=Ranks(rank, 2)) for rank in range(2))
+    for step in range(5):
+        for one, two in zip(a.batch(step), b.batch(step), strict=True):
+            assert one.shape == two.shape == (4, 3, 8, 8)
+            assert not torch.equal(one, two)
+            # not the same draws on other images either: no view occurs on both
+            assert not (one[:, None] == two[None]).flatten(2).all(-1).any()
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_the_augmentation_is_asked_for_at_the_first_step_of_a_group(ahead):
+    asked = []
+
+    def augments_at(step):
+        asked.append(step)
+        return [lambda images: images, lambda images: images[:, :, :6]]
+
+    batches = DeviceBatches(images_of(), 8, seed=0, ranks=Ranks())
+    views = ViewBatches(batches, augments_at, seed=0, ahead=ahead)
+    for step in range(10):
+        whole, half = views.batch(step)
+        assert whole.shape == (8, 3, 12, 12)
+        assert half.shape == (8, 3, 6, 12)  # views may differ in size
+    assert asked == list(range(0, 10, ahead))
