@@ -6,6 +6,7 @@ Two random views of each image; descriptors x of one view are compared with soft
 descriptors z of the other, so trunk and codebooks learn together and without labels.
 """
 
+from argparse import Namespace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from data.folder import load_folder
 from losses import contrastive_loss, cqc_loss
 from models import build_spq
 from utils.cli import run_main
+from utils.distributed import Ranks
 from utils.evaluation import RetrievalEvaluation
 from utils.loop import Trainer
 from utils.report import report
@@ -33,9 +35,9 @@ LOSSES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train, evaluate."""
+    """Parse, load, train, evaluate."""
     run = start_run("SPQ", parse_args(spq_parser(), argv))
-    args, device, ranks = run.args, run.device, run.ranks
+    args = run.args
 
     evaluate = None
     if args.dataset == "folder":  # no labels: nothing to evaluate with
@@ -49,7 +51,30 @@ def main(argv: list[str] | None = None) -> None:
         db = (train.images[: args.limit_db], train.labels[: args.limit_db])
         query = (test.images[: args.limit_query], test.labels[: args.limit_query])
         evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
-    images = images[: args.limit_train].to(device)
+
+    images = images[: args.limit_train].to(run.device)
+    trainer = build_trainer(args, images, evaluate, run.ranks, run.checkpoint)
+    metrics = trainer.evaluate() if args.eval_only else trainer.fit()
+    report(run, trainer, metrics, CLASSES)
+
+
+def build_trainer(
+    args: Namespace,
+    images: Tensor,
+    evaluate: RetrievalEvaluation | None,
+    ranks: Ranks,
+    checkpoint: dict | None = None,
+) -> Trainer:
+    """The method: two random views, one network, descriptors of one against z of the other.
+
+    Args:
+        args: flags, with `amp` resolved.
+        images: training set (N, 3, H, W) uint8, on the device.
+        evaluate: what mAP is computed by; None without labels.
+        ranks: this process among the others.
+        checkpoint: state to go on from.
+    """
+    device = images.device
     augment = AUGMENTATIONS[args.augmentation](
         args.crop_size, args.crop_min_area, args.jitter_strength
     )
@@ -85,9 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     def loss_of(x_a: Tensor, x_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
         return criterion(x_a, x_b, z_a, z_b, tau=args.contrastive_temperature)
 
-    trainer = Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, run.checkpoint)
-    metrics = trainer.evaluate() if args.eval_only else trainer.fit()
-    report(run, trainer, metrics, CLASSES)
+    return Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, checkpoint)
 
 
 if __name__ == "__main__":
