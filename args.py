@@ -231,11 +231,27 @@ def add_augmentation_flags(parser: Parser) -> None:
         "(24 instead of 32 costs 0.56 of the time) (default: --input_size)",
     )
     flag(
+        "--early_crop_size",
+        type=number(int, 8, high=1024),
+        default=None,
+        metavar="PIXELS",
+        help="side of the crops in the first --early_share of the training (progressive "
+        "resolution): small ones make cheap steps while the network learns the coarse "
+        "(default: --crop_size)",
+    )
+    flag(
+        "--early_share",
+        type=number(float, 0.0, high=1.0),
+        default=0.0,
+        metavar="SHARE",
+        help="share of the steps that --early_crop_size is for",
+    )
+    flag(
         "--crop_min_area",
         type=number(float, 0.01, high=1.0),
         default=0.08,
         metavar="SHARE",
-        help="smallest crop, as a share of the image's area; below 0.05 views show too little",
+        help="smallest crop, as a share of the image's area; 1 takes it whole",
     )
     flag(
         "--jitter_strength",
@@ -519,6 +535,8 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         )
     if args.crop_size is None:
         args.crop_size = args.input_size
+    if args.early_crop_size is None:
+        args.early_crop_size = args.crop_size
     if args.output_dir is None:
         method = parser.prog.removeprefix("main_").removesuffix(".py")
         args.output_dir = Path("runs") / f"{method}_{args.dataset}_{code_bits(args)}bits"

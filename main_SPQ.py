@@ -75,15 +75,19 @@ def build_trainer(
         checkpoint: state to go on from.
     """
     device = images.device
-    augment = AUGMENTATIONS[args.augmentation](
-        args.crop_size, args.crop_min_area, args.jitter_strength
+    batches = DeviceBatches(images, args.batch_size, args.seed, ranks)
+    early_steps = round(args.early_share * args.epochs * len(batches))
+
+    early, late = (
+        AUGMENTATIONS[args.augmentation](size, args.crop_min_area, args.jitter_strength).to(device)
+        for size in (args.early_crop_size, args.crop_size)
     )
-    batches = ViewBatches(
-        DeviceBatches(images, args.batch_size, args.seed, ranks),
-        lambda step: [augment, augment],
-        args.seed,
-        ahead=AHEAD if device.type == "cuda" else 1,
-    )
+
+    def augments_at(step: int) -> list[nn.Module]:  # one for each view
+        return 2 * [early if step < early_steps else late]
+
+    ahead = AHEAD if device.type == "cuda" else 1
+    batches = ViewBatches(batches, augments_at, args.seed, ahead)
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels
     layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format

@@ -355,7 +355,7 @@ def test_validate_asks_held_out_training_images(small_set, tmp_path, monkeypatch
     assert torch.equal(seen["evaluate"].db[0], train.images[:270])
     assert torch.equal(seen["batches"], train.images[:270])
     assert log_of(tmp_path, "eval")[0]["queries"] == 30
-    with pytest.raises(UserError, match="--validate=False: .* made with --validate=True"):
+    with pytest.raises(UserError, match=r"--validate=False: .* made with --validate=True"):
         run(small_set, tmp_path, "--resume=auto")
 
 
@@ -373,3 +373,18 @@ def test_max_minutes_leaves_with_code_75_and_resumes_bit_equal(
     assert 2 <= load_checkpoint(tmp_path / LAST)["step"] < STEPS
     run(small_set, tmp_path, "--resume=auto", "--eval_epoch=1")
     assert_same_weights(finished, tmp_path)
+
+
+def test_early_crops_are_small_and_a_resume_does_not_change_them(small_set, tmp_path, monkeypatch):
+    sides = {}
+    step = Trainer.train_step
+
+    def watched(self):
+        sides[self.step] = [view.shape[-1] for view in self.batches.batch(self.step)]
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    flags = ["--early_crop_size=8", "--early_share=0.2", "--limit_db=60", "--limit_query=10"]
+    run(small_set, tmp_path, *flags, "--max_steps=3")
+    run(small_set, tmp_path, *flags, "--max_steps=8", "--resume=auto")
+    assert sides == {s: [8, 8] if s < 6 else [16, 16] for s in range(8)}  # 6 of 30 steps
