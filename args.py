@@ -14,7 +14,7 @@ from data.images import MAX_PIXELS
 from models import QUANTIZERS, TRUNKS
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
 from utils.optimizers import OPTIMIZERS
-from utils.recipes import RECIPES
+from utils.recipes import RECIPE_INPUT_SIZE, RECIPES
 from utils.retrieval import DISTANCES
 from utils.schedule import SCHEDULES
 
@@ -533,6 +533,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         parser.error(
             f"--warmup_epochs={args.warmup_epochs:g}: must be at most --epochs={args.epochs}"
         )
+    for name in ("crop_size", "early_crop_size"):
+        if name in RECIPES[args.recipe] and name not in args.given:
+            grown = RECIPES[args.recipe][name] * args.input_size / RECIPE_INPUT_SIZE
+            setattr(args, name, max(8, round(grown)))
     if args.crop_size is None:
         args.crop_size = args.input_size
     if args.early_crop_size is None:

@@ -26,7 +26,9 @@ from utils.loop import Trainer
 from utils.report import report
 from utils.setup import start_run
 
-AHEAD = 8  # batches that a GPU augments together: its cost there is that of launching kernels
+# batches that a GPU augments together, where the cost is that of launching kernels; and the most
+# memory that their views may take
+AHEAD, AHEAD_BYTES = 8, 2**28
 LOSSES = {
     "cqc": partial(cqc_loss, variant="released"),
     "cqc-paper": partial(cqc_loss, variant="paper"),
@@ -86,7 +88,8 @@ def build_trainer(
     def augments_at(step: int) -> list[nn.Module]:  # one for each view
         return 2 * [early if step < early_steps else late]
 
-    ahead = AHEAD if device.type == "cuda" else 1
+    batch_bytes = 2 * 3 * 4 * args.crop_size**2 * args.batch_size  # of float32 views
+    ahead = max(1, min(AHEAD, AHEAD_BYTES // batch_bytes)) if device.type == "cuda" else 1
     batches = ViewBatches(batches, augments_at, args.seed, ahead)
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels

@@ -59,8 +59,8 @@ class DeviceBatches:
 class ViewBatches:
     """Random views of shuffled batches, augmented several batches at a time.
 
-    Views at a step depend on the seed, the step and the rank alone, so any step can be drawn again
-    after a resume. An augmentation is a chain of small operations whose launches cost a GPU more
+    Views at a step depend on the seed, the step, the rank and `ahead` alone, so any step can be drawn
+    again after a resume. An augmentation is a chain of small operations whose launches cost a GPU more
     than their arithmetic; `ahead` batches share them.
 
     Args:
@@ -89,6 +89,7 @@ class ViewBatches:
         """This rank's views at `step`, each (B, 3, S, S) float32 in [0, 1]."""
         group, i = divmod(step, self.ahead)
         if self._made is None or self._made[0] != group:
+            self._made = None  # frees the views before it
             self._made = (group, self._make(group * self.ahead))
         return tuple(views[i] for views in self._made[1])
 

@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -317,49 +317,67 @@ PARTS: dict[str, Part] = {
 # --- command line, of benchmark_training.py too -------------------------------------------------
 
 
+def some_of(names: Iterable[str]) -> Callable[[str], str]:
+    """A flag's type: `all`, or some of these names with commas between them."""
+    names = list(names)
+
+    def parse(words: str) -> str:
+        chosen = names if words == "all" else words.split(",")
+        for name in chosen:
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"{name!r}: allowed are all, {', '.join(names)}")
+        return ",".join(chosen)
+
+    return parse
+
+
 def add_flags(parser: argparse.ArgumentParser, parts: dict[str, Part]) -> None:
     """What both benchmarks take."""
     flag = parser.add_argument
-    flag("--part", default="all", help=f"all (default), or some of {','.join(parts)}")
+    some = ",".join(parts)
+    flag("--part", type=some_of(parts), default="all", help=f"all (default), or some of {some}")
     flag("--width", type=int, default=64, help="of the trunk (default: 64)")
     flag("--batch_size", type=int, default=256, help="images (default: 256)")
     flag("--amp", choices=["auto", "bf16", "off"], default="auto", help="of our step")
 
 
 def run_parts(args: argparse.Namespace, parts: dict[str, Part], script: str) -> dict:
-    """Hardware, versions and the figures of each part asked for, by its name."""
+    """Hardware, versions and the figures of each part asked for, by its name.
+
+    Several parts get a process each: peak memory is a process's. One that fails leaves an
+    `error` in its place.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "hardware": describe_hardware(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    names = list(parts) if args.part == "all" else args.part.split(",")
-    unknown = [name for name in names if name not in parts]
-    if unknown:
-        sys.exit(f"--part={unknown[0]}: allowed are all and {', '.join(parts)}")
+    names = args.part.split(",")
     if len(names) == 1:
-        return found | {names[0]: parts[names[0]](args, device)}
-    for name in names:  # each in a process of its own: peak memory is a process's
+        return found | {args.part: parts[args.part](args, device)}
+    for name in names:
         print(f"{name} ...", file=sys.stderr)
         found[name] = in_own_process(args, name, script)
     return found
 
 
 def in_own_process(args: argparse.Namespace, part: str, script: str, **changed: object) -> dict:
-    """The figures of one part, run with the same flags but for those changed.
-
-    Raises:
-        subprocess.CalledProcessError: if it fails; `stderr` says how.
-    """
+    """The figures of one part, run with the same flags but for those changed."""
     flags = vars(args) | {"part": part} | changed
     words = [f"--{name}={value}" for name, value in flags.items()]
     done = subprocess.run(
-        [sys.executable, script, *words], capture_output=True, text=True, check=False
+        [sys.executable, script, *words], stdout=subprocess.PIPE, text=True, check=False
     )
-    print(done.stderr, end="", file=sys.stderr)
-    done.check_returncode()
+    if done.returncode:
+        return {"error": f"exit code {done.returncode}"}
     return json.loads(done.stdout)[part]
+
+
+def print_found(found: dict) -> None:
+    """One JSON object; exits with code 1 if a part failed."""
+    print(json.dumps(found, indent=2))
+    sys.exit(int(any("error" in part for part in found.values() if isinstance(part, dict))))
 
 
 def main() -> None:
@@ -368,12 +386,12 @@ def main() -> None:
     add_flags(parser, PARTS)
     parser.add_argument("--repeats", type=int, default=3, help="timed calls; their median counts")
     found = run_parts(parser.parse_args(), PARTS, __file__)
-    if "step" in found and "augmentation" in found:
-        found["augmentation"]["share_of_step"] = {
-            name: found["augmentation"][f"{name}_s"] / found["step"]["ours_s"]
-            for name in ("kornia", "batched")
+    step, augmentation = found.get("step", {}), found.get("augmentation", {})
+    if "ours_s" in step and "kornia_s" in augmentation:
+        augmentation["share_of_step"] = {
+            name: augmentation[f"{name}_s"] / step["ours_s"] for name in ("kornia", "batched")
         }
-    print(json.dumps(found, indent=2))
+    print_found(found)
 
 
 if __name__ == "__main__":

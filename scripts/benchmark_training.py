@@ -9,29 +9,42 @@ That both ways of making views and both losses are equal is asserted by benchmar
 
 import argparse
 import gc
+import itertools
 import json
+import re
 import resource
-import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark import (
+    Part,
+    Stepper,
+    add_flags,
+    build,
+    in_own_process,
+    plain_loss,
+    print_found,
+    run_parts,
+    some_of,
+    wait,
+)
+
 from args import parse_args, spq_parser
-from benchmark import Part, Stepper, add_flags, build, in_own_process, plain_loss, run_parts, wait
-from data.augment import AUGMENTATIONS, SimCLRAugment
+from data.augment import SimCLRAugment
 from data.batches import DeviceBatches, ViewBatches
-from main_SPQ import AHEAD, LOSSES
-from models import build_spq
+from main_SPQ import AHEAD, build_trainer
 from utils.device import choose_amp
 from utils.distributed import Ranks
 from utils.loop import Trainer
@@ -76,48 +89,23 @@ def random_images(n: int, size: int, device: torch.device) -> Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, device=device)
 
 
-def build_trainer(args: argparse.Namespace, images: Tensor, words: list[str]) -> Trainer:
-    """A Trainer as main_SPQ.py makes it, with the batched augmentation.
+def trainer_of(args: argparse.Namespace, images: Tensor, words: list[str]) -> Trainer:
+    """The Trainer of main_SPQ.py, with the batched augmentation.
 
     Args:
         args: `width`, `batch_size`, `amp`, `size`.
         images: the training set, on the device.
-        words: more flags of main_SPQ.py.
+        words: more flags of main_SPQ.py; they win.
     """
-    device = images.device
     common = [f"--{name}={getattr(args, name)}" for name in ("width", "batch_size", "amp")]
     common += [f"--input_size={args.size}", "--augmentation=batched"]
     flags = parse_args(spq_parser(), [*common, *words])
-    flags.amp = choose_amp(flags.amp, device)
+    flags.amp = choose_amp(flags.amp, images.device)
     torch.backends.cudnn.deterministic = True  # as main_SPQ.py
     torch.manual_seed(0)
-    augment = AUGMENTATIONS[flags.augmentation](
-        flags.crop_size, flags.crop_min_area, flags.jitter_strength
-    )
-    batches = ViewBatches(
-        DeviceBatches(images, flags.batch_size, flags.seed, Ranks()),
-        lambda step: [augment, augment],
-        flags.seed,
-        ahead=ahead(device),
-    )
-    layout = torch.channels_last if flags.width % 8 == 0 else torch.contiguous_format
-    model = build_spq("resnet18", flags.width, "soft", M=8, K=16, d=16)
-    model = model.to(device, memory_format=layout)
-    if flags.compile:
-        model.trunk.compile()
-    criterion = LOSSES[flags.loss]
-
-    def embed(model: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if flags.joint_views:
-            x, z = model(torch.cat(views))
-            return *x.chunk(2), *z.chunk(2)
-        (x_a, z_a), (x_b, z_b) = (model(view) for view in views)
-        return x_a, x_b, z_a, z_b
-
-    def loss_of(*embedded: Tensor) -> Tensor:
-        return criterion(*embedded, tau=flags.contrastive_temperature)
-
-    return Trainer(flags, "SPQ", model, embed, loss_of, Marked(batches), None, Ranks())
+    trainer = build_trainer(flags, images, None, Ranks())
+    trainer.batches = Marked(trainer.batches)
+    return trainer
 
 
 def ahead(device: torch.device) -> int:
@@ -137,31 +125,15 @@ def seconds_a_step(step: Callable[[], object], device: torch.device, steps: int)
 
 # --- profile ------------------------------------------------------------------------------------
 
-# An operator belongs to the outermost of its callers, itself included, that a fragment of these
-# fits, letters in lower case and underscores left out. Ranges come first: they hold all kinds.
-RANGES = {"augmentation": ["augmentation"], "optimizer": ["optimizer.step#", "optimizer.zerograd#"]}
+# An operator belongs to the outermost of its callers, itself included, whose name (in lower case,
+# without underscores) fits one of these; ranges come first, as they hold all kinds.
+RANGES = {"augmentation": "^augmentation$", "optimizer": r"^optimizer\."}
 GROUPS = {
-    "convolution": ["conv"],
-    "batch norm": ["batchnorm"],
-    "linear, quantizer, loss": [
-        *("mm", "linear", "einsum", "matmul", "softmax", "nllloss", "crossentropy", "vectornorm"),
-    ],
-    "optimizer": ["foreach"],  # the norm of the gradients
-    "elementwise, ReLU": [
-        *(
-            "relu",
-            "threshold",
-            "::add",
-            "::sub",
-            "::mul",
-            "::div",
-            "clamp",
-            "where",
-            "::to",
-            "copy",
-        ),
-        *("addbackward", "subbackward", "mulbackward", "divbackward", "::neg", "::exp", "::rsqrt"),
-    ],
+    "convolution": "conv",
+    "batch norm": "batchnorm",
+    "linear, quantizer, loss": "mm|linear|einsum|matmul|softmax|nllloss|crossentropy|vectornorm",
+    "optimizer": "foreach",  # the norm of the gradients
+    "elementwise, ReLU": "relu|threshold|(add|sub|mul|div|neg|exp)(backward|$)|clamp|copy|::to$",
 }
 
 
@@ -173,73 +145,89 @@ def group_of(event: FunctionEvent) -> str:
         event = event.cpu_parent
     for table in (RANGES, GROUPS):
         for name in reversed(names):
-            for group, fragments in table.items():
-                if any(fragment in name for fragment in fragments):
+            for group, pattern in table.items():
+                if re.search(pattern, name):
                     return group
     return "other"
 
 
-def bench_profile(args: argparse.Namespace, device: torch.device) -> dict:
-    """A step of ours, views included, by groups of operators.
+def account(
+    events: Iterable[FunctionEvent], on_gpu: bool
+) -> tuple[dict[str, float], dict[str, float], Counter]:
+    """Microseconds of each group and of each operator, and how often it was called.
 
     On a CPU an operator's time is what it spends outside of the operators it calls; on a GPU it is
-    that of its kernels. Wall time is taken without the profiler, which slows the CPU down.
+    that of the kernels it launches.
     """
-    trainer = build_trainer(args, random_images(2 * args.batch_size, args.size, device), [])
-    group = ahead(device)
-    for _ in range(group):
-        trainer.train_step()
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(group):
-            trainer.train_step()
-    step_s = seconds_a_step(trainer.train_step, device, max(2, group))
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities) as profiler:
-        for _ in range(group):
-            trainer.train_step()
-        wait(device)
-    trainer.read_losses()  # finite, or an error
-
-    shares: dict[str, float] = dict.fromkeys([*RANGES, *GROUPS, "other"], 0.0)
+    groups: dict[str, float] = dict.fromkeys([*RANGES, *GROUPS, "other"], 0.0)
     operators: dict[str, float] = defaultdict(float)
-    calls: dict[str, int] = defaultdict(int)
-    kernels = 0.0  # microseconds
-    for event in profiler.events():
+    calls: Counter = Counter()
+    kernels = 0.0
+    for event in events:
         if event.device_type != DeviceType.CPU:
             if not event.is_user_annotation:  # a range's shadow on the GPU is no kernel
                 kernels += event.time_range.elapsed_us()
             continue
-        spent = event.self_cpu_time_total
         if on_gpu:
             spent = sum(kernel.duration for kernel in event.kernels)
-        shares[group_of(event)] += spent
+        else:
+            spent = event.self_cpu_time_total
+        groups[group_of(event)] += spent
         operators[event.name] += spent
         calls[event.name] += 1
-    total = sum(shares.values())
-    if on_gpu:  # kernels that no operator claims
-        shares["other"] += max(0.0, kernels - total)
-        total = max(kernels, total)
-    costliest = sorted(operators, key=operators.get, reverse=True)[:12]
-    gflop = counter.get_total_flops() / group / 1e9
+    groups["other"] += max(0.0, kernels - sum(groups.values()))  # those that no operator claims
+    return groups, operators, calls
+
+
+def bench_profile(args: argparse.Namespace, device: torch.device) -> dict:
+    """A step of ours, views included: time by groups of operators, and achieved speed.
+
+    Wall time is taken without the profiler, which slows the CPU down. Floating-point operations
+    are those of convolutions and matrix products, the crops' too.
+    """
+    on_gpu, steps = device.type == "cuda", ahead(device)
+    images = random_images(2 * steps * args.batch_size, args.size, device)
+    trainer = trainer_of(args, images, [])
+
+    def run() -> None:
+        for _ in range(steps):
+            trainer.train_step()
+
+    run()  # warm-up
+    with FlopCounterMode(display=False) as counter:
+        run()
+    step_s = seconds_a_step(run, device, 2) / steps
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        run()
+        wait(device)
+    trainer.read_losses()  # finite, or an error
+    gflop = counter.get_total_flops() / steps / 1e9
     found = {
         "width": args.width,
         "batch": args.batch_size,
+        "size": args.size,
         "amp": trainer.args.amp,
         "step_s": step_s,
         "images_per_s": args.batch_size / step_s,
         "gflop_a_step": gflop,
         "gflop_per_s": gflop / step_s,
-        "share": {name: spent / total for name, spent in shares.items()},
+    }
+    groups, operators, calls = account(profiler.events(), on_gpu)
+    total = sum(groups.values())
+    if not total:
+        return found | {"error": "the profiler saw no kernels"}
+    if on_gpu:
+        found["kernel_s"] = total / 1e6 / steps
+        found["gpu_idle_share"] = 1 - found["kernel_s"] / step_s
+    costliest = sorted(operators, key=operators.get, reverse=True)[:12]
+    return found | {
+        "share": {name: spent / total for name, spent in groups.items()},
         "costliest": [
-            {"name": name, "share": operators[name] / total, "calls_a_step": calls[name] / group}
+            {"name": name, "share": operators[name] / total, "calls_a_step": calls[name] / steps}
             for name in costliest
         ],
     }
-    if on_gpu:
-        found["kernel_s"] = kernels / 1e6 / group
-        found["gpu_idle_share"] = 1 - found["kernel_s"] / step_s
-    return found
 
 
 # --- epoch --------------------------------------------------------------------------------------
@@ -264,17 +252,17 @@ def released_step(args: argparse.Namespace, images: Tensor) -> Callable[[], obje
 
 def time_epoch(args: argparse.Namespace, images: Tensor, name: str) -> dict:
     """One variant: `steps` steps, scaled up to an epoch."""
-    device = images.device
-    group = ahead(device)
-    steps = -(-args.steps // group) * group  # whole groups: each is augmented at its first step
+    device, group = images.device, ahead(images.device)
+    asked = args.steps or (20 if device.type == "cuda" else 2)
+    steps = -(-asked // group) * group  # whole groups: each is augmented at its first step
     torch.manual_seed(0)
     if name == RELEASED:
         trainer, step = None, released_step(args, images)
     else:
-        trainer = build_trainer(args, images, VARIANTS[name])
+        trainer = trainer_of(args, images, VARIANTS[name])
         step = trainer.train_step
     start = time.perf_counter()
-    for _ in range(group):  # a graph is captured within these
+    for _ in range(group):  # compiles, and captures a graph
         step()
     wait(device)
     warm_up_s = time.perf_counter() - start
@@ -296,32 +284,33 @@ def time_epoch(args: argparse.Namespace, images: Tensor, name: str) -> dict:
 def bench_epoch(args: argparse.Namespace, device: torch.device) -> dict:
     """Seconds for an epoch of 50,000 images: the released loop, and ours in variants.
 
-    A variant that fails is reported by its error.
+    A variant that fails is reported by its error. `ratio` is to the released loop.
     """
-    names = [RELEASED, *VARIANTS] if args.variants == "all" else args.variants.split(",")
-    if unknown := [name for name in names if name not in (RELEASED, *VARIANTS)]:
-        sys.exit(f"--variants={unknown[0]}: allowed are {', '.join([RELEASED, *VARIANTS])}")
     images = random_images(EPOCH_IMAGES, args.size, device)
-    args.steps = args.steps or (20 if device.type == "cuda" else 2)
-    found: dict = {"width": args.width, "batch": args.batch_size}
-    for name in names:
+    found: dict = {}
+    for name in args.variants.split(","):
         if "cuda_graph" in name and device.type != "cuda":
             found[name] = {"skipped": "needs a GPU"}
             continue
         try:
             found[name] = time_epoch(args, images, name)
         except Exception as error:  # whatever new hardware may say
-            found[name] = {"error": f"{type(error).__name__}: {error}"[:1000]}
-        print(f"{name}: {json.dumps(found[name])}", file=sys.stderr)
-        torch._dynamo.reset()
+            found[name] = told(error)
+        print(f"{name}: {json.dumps(found[name])}", file=sys.stderr)  # if what follows is killed
+        if "compile" in name:
+            torch._dynamo.reset()
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     released = found.get(RELEASED, {}).get("epoch_s")
-    for name in VARIANTS:
-        if released and "epoch_s" in found.get(name, {}):
-            found[name]["ratio"] = released / found[name]["epoch_s"]
-    return found
+    for name, figures in found.items():
+        if released and name != RELEASED and "epoch_s" in figures:
+            figures["ratio"] = released / figures["epoch_s"]
+    return {"width": args.width, "batch": args.batch_size, "size": args.size, **found}
+
+
+def told(error: Exception) -> dict[str, str]:
+    """What is printed in place of figures."""
+    return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -331,43 +320,35 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Peak memory of training by batch size and --accumulate, each in a process of its own.
 
     Two steps, as Adam's state is there from the second on. `step_MiB` is what they need beside the
-    weights and the images.
+    weights and the images; on a GPU that holds the views of `AHEAD` batches.
     """
-    pairs = [(int(b), int(n)) for b in split(args.batch_sizes) for n in split(args.accumulates)]
-    if len(pairs) == 1:
-        return [memory_of(args, device, *pairs[0])]
+    sizes, parts = (words.split(",") for words in (args.batch_sizes, args.accumulates))
     found = []
-    for batch_size, accumulate in pairs:
-        changed = {"batch_sizes": batch_size, "accumulates": accumulate}
-        try:
-            found += in_own_process(args, "memory", __file__, **changed)
-        except subprocess.CalledProcessError as error:  # out of memory, for one
-            last = error.stderr.strip().splitlines()[-1:]
-            failed = {"batch": batch_size, "accumulate": accumulate}
-            found.append(failed | {"error": "".join(last) or f"exit code {error.returncode}"})
+    for batch_size, accumulate in itertools.product(sizes, parts):
+        which = {"batch": int(batch_size), "accumulate": int(accumulate)}
+        if len(sizes) == len(parts) == 1:
+            try:
+                found.append(which | memory_of(args, device, **which))
+            except Exception as error:  # out of memory, for one
+                found.append(which | told(error))
+        else:
+            changed = {"batch_sizes": batch_size, "accumulates": accumulate}
+            figures = in_own_process(args, "memory", __file__, **changed)
+            found += figures if isinstance(figures, list) else [which | figures]
     return found
 
 
-def split(words: str) -> list[str]:
-    """Comma-separated words."""
-    return words.split(",")
-
-
-def memory_of(
-    args: argparse.Namespace, device: torch.device, batch_size: int, accumulate: int
-) -> dict:
+def memory_of(args: argparse.Namespace, device: torch.device, batch: int, accumulate: int) -> dict:
     """Peak memory of this process over its first two steps."""
-    args.batch_size = batch_size
-    images = random_images(2 * batch_size, args.size, device)
-    trainer = build_trainer(args, images, [f"--accumulate={accumulate}"])
+    images = random_images(2 * batch, args.size, device)
+    words = [f"--batch_size={batch}", f"--accumulate={accumulate}"]
+    trainer = trainer_of(args, images, words)
     before = memory(device, start=True)
     for _ in range(2):
         trainer.train_step()
     trainer.read_losses()
     peak = memory(device)
     return {
-        "batch": batch_size,
-        "accumulate": accumulate,
         "size": args.size,
         "width": args.width,
         "amp": trainer.args.amp,
@@ -393,7 +374,8 @@ def memory(device: torch.device, start: bool = False) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if start:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        with suppress(OSError):  # not allowed everywhere: then a peak of loading may count
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmRSS" if start else "VmHWM"].split()[0]) * 1024
 
@@ -412,11 +394,16 @@ def main() -> None:
     flag = parser.add_argument
     flag("--size", type=int, default=32, help="of the images, pixels (default: 32)")
     flag("--steps", type=int, default=0, help="epoch: steps timed (default: 20 on CUDA, 2 on CPU)")
-    flag("--variants", default="all", help=f"epoch: of {','.join([RELEASED, *VARIANTS])}")
+    variants = [RELEASED, *VARIANTS]
+    flag(
+        "--variants",
+        type=some_of(variants),
+        default="all",
+        help=f"epoch: all (default), or some of {','.join(variants)}",
+    )
     flag("--batch_sizes", default="64,256", help="memory: images (default: 64,256)")
     flag("--accumulates", default="1,4", help="memory: parts of a batch (default: 1,4)")
-    found = run_parts(parser.parse_args(), PARTS, __file__)
-    print(json.dumps(found, indent=2))
+    print_found(run_parts(parser.parse_args(), PARTS, __file__))
 
 
 if __name__ == "__main__":

@@ -205,3 +205,14 @@ def test_parts_of_a_batch_must_fit(capsys):
 def test_validation_needs_labels(capsys):
     message = refused(capsys, "--validate", "--dataset=folder", "--data_dir=x")
     assert "--validate: a folder has no labels" in message
+
+
+def test_crops_of_a_recipe_grow_with_the_images():
+    sizes = {32: (24, 16), 64: (48, 32)}
+    for side, want in sizes.items():
+        args = parse("--recipe=fast", f"--input_size={side}")
+        assert (args.crop_size, args.early_crop_size) == want
+    args = parse("--recipe=fast", "--input_size=64", "--crop_size=40")
+    assert (args.crop_size, args.early_crop_size) == (40, 32)
+    args = parse("--input_size=64")
+    assert (args.crop_size, args.early_crop_size) == (64, 64)

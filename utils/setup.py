@@ -106,7 +106,7 @@ def start_run(method: str, args: Namespace) -> Run:
     amp = ranks.collect(choose_amp(amp, device))[0]
     args = Namespace(**{**vars(args), "amp": amp})
     torch.backends.cudnn.deterministic = True  # a seed repeats a run
-    torch.manual_seed(args.seed)  # weights; the Trainer then gives each rank its own stream
+    torch.manual_seed(args.seed)  # of the weights; views have seeds of their own
     if ranks.is_main:
         print(" ".join(f"{name}={value}" for name, value in plain(args).items()))
         precision = "float32" if amp == "off" else amp

@@ -1,0 +1,164 @@
+"""Runs side by side: a table of their last epochs, and mAP over minutes of training.
+
+    python scripts/compare_runs.py released=runs/released_seed* fast=runs/fast_seed* --output_dir=results/recipes
+
+Each NAME=FOLDER... is a group of runs that differ in their seed alone; the table (`table.md`, also
+printed) has mean and standard deviation over them, the picture (`curves.png`) their curves. Minutes
+are of training alone: steps divided by the logged speed, so that evaluations and pauses between two
+parts of an interrupted run do not count. `--at_minutes=30` also reads the curves there: the last
+evaluation no later than that.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.cli import run_main
+from utils.errors import UserError
+from utils.figures import COLUMN, PRINT, save
+from utils.logging import read_metrics
+
+# colours and signs of the groups, told apart in grey print too
+STYLES = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#666666", "v")]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation.
+
+    Attributes:
+        epoch, minutes: of training, until then.
+        metrics: as logged, by distance.
+    """
+
+    epoch: float
+    minutes: float
+    metrics: Mapping[str, dict]
+
+
+def read_run(folder: Path) -> tuple[dict, list[Point]]:
+    """A run's flags and evaluations.
+
+    Raises:
+        UserError: if the folder is not that of a run, or nothing was evaluated in it.
+    """
+    try:
+        args = json.loads((folder / "args.json").read_text())["args"]
+        entries = read_metrics(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: is not the folder of a run ({error})") from error
+    minutes, last, points = 0.0, 0, {}
+    for entry in entries:
+        if entry["kind"] == "train":
+            minutes += (entry["step"] - last) * args["batch_size"] / entry["images_per_s"] / 60
+            last = entry["step"]
+        elif entry["kind"] == "eval":
+            point = points.setdefault(entry["step"], Point(entry["epoch"], minutes, {}))
+            point.metrics[entry["distance"]] = entry
+    if not points:
+        raise UserError(f"{folder}: no evaluation in its metrics.jsonl yet")
+    return args, list(points.values())
+
+
+def figure_of(point: Point, name: str, distance: str = "squared_l2") -> float:
+    """One metric of an evaluation."""
+    return point.metrics[distance][name]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and the standard deviation if there are several."""
+    mean = statistics.fmean(values)
+    more = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{mean:.4f}{more}"
+
+
+def table(groups: Mapping[str, list[tuple[dict, list[Point]]]], at_minutes: float | None) -> str:
+    """Markdown, a row for each group: its last evaluations, squared L2 but for the last column."""
+    top_n = next(iter(groups.values()))[0][0]["Top_N"]
+    name = f"mAP@{top_n}"
+    head = ["run", "bits", "recipe", "seeds", "epochs", "minutes of training"]
+    head += [f"{name}, found", f"{name}, all", "mAP@all", f"{name}, found, l2"]
+    head += [f"{name}, found, at {at_minutes:g} minutes"] if at_minutes else []
+    lines = [head, ["---"] * len(head)]
+    for group, runs in groups.items():
+        last = [points[-1] for _, points in runs]
+        args = runs[0][0]
+        bits = {f"{m['code_bits']:g}" for point in last for m in point.metrics.values()}
+        row = [group, "/".join(sorted(bits)), str(args.get("recipe", "")), str(len(runs))]
+        row.append("/".join(sorted({f"{p.epoch:.4g}" for p in last})))
+        row.append(f"{statistics.fmean(p.minutes for p in last):.1f}")
+        for metric in (name, f"{name}_all_relevant", "mAP@all"):
+            row.append(spread([figure_of(p, metric) for p in last]))
+        row.append(spread([figure_of(p, name, "l2") for p in last]))
+        if at_minutes:
+            early = [[p for p in points if p.minutes <= at_minutes] for _, points in runs]
+            known = all(early)
+            row.append(spread([figure_of(p[-1], name) for p in early]) if known else "none yet")
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) + "\n"
+
+
+@plt.rc_context(PRINT)
+def draw_curves(groups: Mapping[str, list[tuple[dict, list[Point]]]], path: Path) -> None:
+    """mAP over minutes of training, a line for each run."""
+    figure, axis = plt.subplots(figsize=(COLUMN, 2.8), constrained_layout=True)
+    name = f"mAP@{next(iter(groups.values()))[0][0]['Top_N']}"
+    for i, (group, runs) in enumerate(groups.items()):
+        colour, marker = STYLES[i % len(STYLES)]
+        for j, (_, points) in enumerate(runs):
+            axis.plot(
+                [p.minutes for p in points],
+                [figure_of(p, name) for p in points],
+                color=colour,
+                marker=marker,
+                label=group if j == 0 else None,
+            )
+    axis.set_xlabel("minutes of training")
+    axis.set_ylabel(f"{name} (squared L2)")
+    axis.set_xlim(left=0)
+    axis.legend()
+    save(figure, path)
+
+
+def read_groups(words: Sequence[str]) -> dict[str, list[tuple[dict, list[Point]]]]:
+    """NAME=FOLDER FOLDER ... NAME=FOLDER ... -> the runs of each group.
+
+    Raises:
+        UserError: if a folder comes before the first name, or cannot be read.
+    """
+    groups: dict[str, list[tuple[dict, list[Point]]]] = {}
+    runs = None
+    for word in words:
+        name, sign, folder = word.rpartition("=")
+        if sign:
+            runs = groups.setdefault(name, [])
+        if runs is None:
+            raise UserError(f"{word}: has no name; write NAME={word}")
+        runs.append(read_run(Path(folder)))
+    return groups
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="and further FOLDERs of NAME")
+    parser.add_argument("--output_dir", type=Path, required=True, help="table.md, curves.png")
+    parser.add_argument("--at_minutes", type=float, help="also compare at this time of training")
+    args = parser.parse_args(argv)
+    groups = read_groups(args.runs)
+    text = table(groups, args.at_minutes)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "table.md").write_text(text)
+    draw_curves(groups, args.output_dir / "curves.png")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    run_main(main)
