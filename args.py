@@ -500,8 +500,7 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     """
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
-    parser.set_defaults(**RECIPES[args.recipe])
-    args = parser.parse_args(words)
+    args = parser.parse_args(words, argparse.Namespace(**RECIPES[args.recipe]))
     unset = argparse.Namespace(**dict.fromkeys(vars(args), _UNSET))
     said = vars(parser.parse_args(words, unset)).items()
     args.given = frozenset(name for name, value in said if value is not _UNSET)

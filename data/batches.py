@@ -59,9 +59,9 @@ class DeviceBatches:
 class ViewBatches:
     """Random views of shuffled batches, augmented several batches at a time.
 
-    Views at a step depend on the seed, the step, the rank and `ahead` alone, so any step can be drawn
-    again after a resume. An augmentation is a chain of small operations whose launches cost a GPU more
-    than their arithmetic; `ahead` batches share them.
+    Views at a step depend on the seed, the step, the rank and `ahead` alone, so any step can be
+    drawn again after a resume. An augmentation is a chain of small operations whose launches cost
+    a GPU more than their arithmetic; `ahead` batches share them.
 
     Args:
         batches: the images.

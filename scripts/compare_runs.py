@@ -1,12 +1,13 @@
-"""Runs side by side: a table of their last epochs, and mAP over minutes of training.
+r"""Runs side by side: a table of their last epochs, and mAP over minutes of training.
 
-    python scripts/compare_runs.py released=runs/released_seed* fast=runs/fast_seed* --output_dir=results/recipes
+    python scripts/compare_runs.py --group released runs/released_seed* \
+        --group fast runs/fast_seed* --output_dir=results/recipes
 
-Each NAME=FOLDER... is a group of runs that differ in their seed alone; the table (`table.md`, also
-printed) has mean and standard deviation over them, the picture (`curves.png`) their curves. Minutes
-are of training alone: steps divided by the logged speed, so that evaluations and pauses between two
-parts of an interrupted run do not count. `--at_minutes=30` also reads the curves there: the last
-evaluation no later than that.
+Each group has a name, and folders of runs that differ in their seed alone; the table (`table.md`,
+also printed) has mean and standard deviation over them, the picture (`curves.png`) their curves.
+Minutes are of training alone: images divided by the logged speed, so that evaluations and pauses
+between two parts of an interrupted run do not count. `--at_minutes=30` also reads the curves there:
+the last evaluation no later than that.
 """
 
 import argparse
@@ -127,32 +128,18 @@ def draw_curves(groups: Mapping[str, list[tuple[dict, list[Point]]]], path: Path
     save(figure, path)
 
 
-def read_groups(words: Sequence[str]) -> dict[str, list[tuple[dict, list[Point]]]]:
-    """NAME=FOLDER FOLDER ... NAME=FOLDER ... -> the runs of each group.
-
-    Raises:
-        UserError: if a folder comes before the first name, or cannot be read.
-    """
-    groups: dict[str, list[tuple[dict, list[Point]]]] = {}
-    runs = None
-    for word in words:
-        name, sign, folder = word.rpartition("=")
-        if sign:
-            runs = groups.setdefault(name, [])
-        if runs is None:
-            raise UserError(f"{word}: has no name; write NAME={word}")
-        runs.append(read_run(Path(folder)))
-    return groups
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="and further FOLDERs of NAME")
-    parser.add_argument("--output_dir", type=Path, required=True, help="table.md, curves.png")
-    parser.add_argument("--at_minutes", type=float, help="also compare at this time of training")
+    flag = parser.add_argument
+    flag("--group", nargs="+", action="append", required=True, help="a name, and folders of runs")
+    flag("--output_dir", type=Path, required=True, help="for table.md and curves.png")
+    flag("--at_minutes", type=float, help="also compare at this time of training")
     args = parser.parse_args(argv)
-    groups = read_groups(args.runs)
+    empty = [group[0] for group in args.group if len(group) == 1]
+    if empty:
+        parser.error(f"--group {empty[0]}: has a name and no folder")
+    groups = {name: [read_run(Path(f)) for f in folders] for name, *folders in args.group}
     text = table(groups, args.at_minutes)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "table.md").write_text(text)

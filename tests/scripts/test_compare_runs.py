@@ -1,0 +1,71 @@
+"""compare_runs.py: minutes of training, means over seeds, curves, bad input."""
+
+import json
+
+import pytest
+
+from scripts import compare_runs as compare
+from utils.errors import UserError
+
+
+def write_run(folder, values, speeds=(64.0, 32.0), batch=32):
+    """A run's files: an evaluation after each ten steps at the speed given."""
+    folder.mkdir(parents=True)
+    args = {"batch_size": batch, "Top_N": 50, "recipe": "fast"}
+    (folder / "args.json").write_text(json.dumps({"args": args}))
+    lines = []
+    for i, (value, speed) in enumerate(zip(values, speeds, strict=True), start=1):
+        lines.append({"kind": "train", "step": 10 * i, "epoch": i, "images_per_s": speed})
+        for distance, less in (("squared_l2", 0.0), ("l2", 0.1)):
+            found = {"mAP@50": value - less, "mAP@50_all_relevant": 0.01, "mAP@all": value / 2}
+            place = {"kind": "eval", "step": 10 * i, "epoch": i, "distance": distance}
+            lines.append(place | found | {"code_bits": 32})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_minutes_are_those_of_training(tmp_path):
+    _, points = compare.read_run(write_run(tmp_path / "a", [0.2, 0.3]))
+    # 10 steps of 32 images at 64 a second: 5 seconds; then at 32 a second: 10 more
+    assert [p.minutes for p in points] == pytest.approx([5 / 60, 15 / 60])
+    assert [compare.figure_of(p, "mAP@50") for p in points] == [0.2, 0.3]
+    assert compare.figure_of(points[1], "mAP@50", "l2") == pytest.approx(0.2)
+
+
+def test_table_has_mean_and_deviation_of_the_seeds(tmp_path, capsys):
+    a = [str(write_run(tmp_path / f"a{i}", [0.2, value])) for i, value in enumerate((0.3, 0.4))]
+    b = [str(write_run(tmp_path / "b", [0.5, 0.6], speeds=(1.0, 1.0)))]
+    out = tmp_path / "out"
+    flags = ["--group", "one", *a, "--group", "two", *b, f"--output_dir={out}", "--at_minutes=0.1"]
+    compare.main(flags)
+    rows = (out / "table.md").read_text().splitlines()
+    assert rows == capsys.readouterr().out.splitlines()
+    one, two = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:])
+    head = [cell.strip() for cell in rows[0].split("|")[1:-1]]
+    one, two = dict(zip(head, one, strict=True)), dict(zip(head, two, strict=True))
+    # the deviation of 0.3 and 0.4 with n - 1: 0.1 / sqrt(2)
+    assert one["mAP@50, found"] == "0.3500 ± 0.0707"
+    assert (one["bits"], one["seeds"], one["epochs"]) == ("32", "2", "2")
+    assert one["mAP@50, found, l2"] == "0.2500 ± 0.0707"
+    assert one["mAP@50, found, at 0.1 minutes"] == "0.2000 ± 0.0000"
+    assert two["mAP@50, found"] == "0.6000"
+    assert two["mAP@50, found, at 0.1 minutes"] == "none yet"
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_real_run_s_minutes_add_up(finished):
+    args, points = compare.read_run(finished)
+    assert len(points) == 2
+    assert 0 < points[0].minutes < points[1].minutes < 10
+    assert args["batch_size"] == 20
+
+
+def test_bad_input_is_told(tmp_path, capsys):
+    with pytest.raises(UserError, match="nowhere: is not the folder of a run"):
+        compare.read_run(tmp_path / "nowhere")
+    empty = write_run(tmp_path / "empty", [], speeds=())
+    with pytest.raises(UserError, match="empty: no evaluation"):
+        compare.read_run(empty)
+    with pytest.raises(SystemExit):
+        compare.main(["--group", "alone", f"--output_dir={tmp_path}"])
+    assert "--group alone: has a name and no folder" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""The campaign at tiny scale, by real trainings: cut, resumed, failing; what it writes down."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_cifar
+import torch
+from small_cifar import log_of
+
+from scripts import reproduce_cifar10 as campaign
+from utils.checkpoint import LAST, load_checkpoint
+from utils.loop import TIME_IS_OVER, TrainingStopped
+from utils.trained import load_trained
+
+TINY = [*small_cifar.FAST, "--warmup_epochs=0", "--early_share=0", "--checkpoint_every=1"]
+TINY = [f for f in TINY if not f.startswith(("--loss", "--epochs", "--device", "--log_every"))]
+
+
+@pytest.fixture
+def call(small_files, tmp_path):
+    """One call of the campaign; its exit code."""
+
+    def call(*flags, minutes=3.0, main=()):
+        words = [f"--state_dir={tmp_path / 'state'}", f"--output_dir={tmp_path / 'out'}"]
+        words += [f"--data_dir={small_files}", "--device=cpu", f"--minutes={minutes}"]
+        words += ["--margin_seconds=1", "--start_seconds=1", f"--extra={' '.join(TINY)}"]
+        tiny = "--width=4 --batch_size=8 --size=8 --steps=1 --variants=plain"
+        words += [f"--benchmark={tiny}", *flags]
+        try:
+            campaign.main(words, main or [sys.executable, "tests/small_cifar.py"])
+        except TrainingStopped as stop:
+            return stop.exit_code
+        return 0
+
+    return call
+
+
+def state_of(tmp_path):
+    return json.loads((tmp_path / "state" / "campaign.json").read_text())
+
+
+def test_a_campaign_in_pieces_ends_with_a_table_curves_and_weights(call, tmp_path):
+    flags = ("--only=32bits", "--total_minutes=1.2")
+    codes = [call(*flags, minutes=0.5)]  # of half a minute each: the training is cut
+    while codes[-1] == TIME_IS_OVER and len(codes) < 6:
+        codes.append(call(*flags, minutes=0.5))
+    assert codes[-1] == 0
+    state = state_of(tmp_path)
+    assert TIME_IS_OVER in codes  # it did take several
+    table = (tmp_path / "out" / "table.md").read_text()
+    name = "32bits"
+    run, folder = state["runs"][name], tmp_path / "out" / name
+    assert run["status"] == "done"
+    assert "--recipe=fast" in run["flags"]
+    evals = [e for e in log_of(folder, "eval") if e["distance"] == "squared_l2"]
+    assert f"{evals[-1]['mAP@50']:.4f}" in table
+    assert f"--epochs={evals[-1]['epoch']:g}" in run["flags"]
+    assert f"python main_SPQ.py {' '.join(run['flags'])}" in table
+    assert (folder / "console.log").read_text().count("Result of the last epoch") == 1
+    kept = load_trained(folder / "model.pt").model.state_dict()
+    whole = load_checkpoint(tmp_path / "state" / name / LAST)["model"]
+    assert torch.equal(kept["quantizer.codebooks"], whole["quantizer.codebooks"])
+    for key, value in whole.items():  # bfloat16 keeps 8 bits of each number
+        torch.testing.assert_close(kept[key], value, rtol=2**-8, atol=0)
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    benchmark = json.loads((tmp_path / "out" / "benchmark.json").read_text())["benchmark"]
+    assert benchmark["epoch"]["plain"]["epoch_s"] > 0
+    assert benchmark["profile"]["step_s"] > 0
+    before = (tmp_path / "state" / "32bits" / "metrics.jsonl").read_text()
+    assert call(*flags) == 0  # nothing left to do
+    assert (tmp_path / "state" / "32bits" / "metrics.jsonl").read_text() == before
+
+
+def test_a_failing_run_is_written_down_and_the_next_has_its_turn(call, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(Path('tests').resolve())!r})\n"
+        "if any(word.endswith('/32bits') for word in sys.argv):\n"
+        "    sys.exit('out of luck')\n"
+        f"runpy.run_path({str(Path('tests/small_cifar.py').resolve())!r}, run_name='__main__')\n"
+    )
+    (tmp_path / "state").mkdir()
+    speed = {"": {"epoch_s": 5.0, "steps": 15}}
+    known = {"speed": {"fast": speed, "released": speed}, "runs": {}, "benchmark": {}}
+    known["used_s"] = 0.0
+    (tmp_path / "state" / "campaign.json").write_text(json.dumps(known))
+    flags = ("--only=32bits,released", "--total_minutes=0.3")
+    assert call(*flags, main=[sys.executable, str(script)]) == 1
+    runs = state_of(tmp_path)["runs"]
+    assert runs["32bits"]["status"] == "failed"
+    assert "out of luck" in runs["32bits"]["error"]
+    assert runs["released"]["status"] == "done"
+    assert "32bits failed: exit code 1: " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_large_weights_come_in_parts_that_cat_joins(finished, tmp_path, monkeypatch):
+    campaign.keep_weights(finished, tmp_path)
+    whole = (tmp_path / "model.pt").read_bytes()
+    monkeypatch.setattr(campaign, "PART_BYTES", 100_000)
+    campaign.keep_weights(finished, tmp_path)
+    assert not (tmp_path / "model.pt").exists()
+    parts = sorted(tmp_path.glob("model.pt.part*"))
+    assert len(parts) == -(-len(whole) // 100_000) > 1
+    assert len(b"".join(part.read_bytes() for part in parts)) == len(whole)
+    subprocess.run("cat model.pt.part* > model.pt", shell=True, cwd=tmp_path, check=True)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8).float() / 255
+    kept, original = (load_trained(f).model.encode(images) for f in (tmp_path, finished))
+    assert (kept == original).float().mean() > 0.9  # near-ties between codewords may turn
+
+
+def test_the_plan_and_bad_input(call, tmp_path, capsys):
+    assert call("--dry_run") == 0
+    plan = capsys.readouterr().out
+    assert "32bits: 8 minutes, python main_SPQ.py --recipe=fast" in plan
+    assert not (tmp_path / "state").exists()
+    for flags, message in (
+        (["--only=8bits"], "--only=8bits: allowed are 32bits"),
+        (["--minutes=0.01"], "--minutes=0.01: must be more than"),
+        (["--frobnicate"], "--frobnicate"),
+    ):
+        with pytest.raises(SystemExit):
+            call(*flags)
+        assert message in capsys.readouterr().err
