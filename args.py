@@ -340,7 +340,15 @@ def add_training_flags(parser: Parser) -> None:
         "--optimizer",
         choices=OPTIMIZERS,
         default="adam",
-        help="sgd has momentum 0.9 and wants a higher --lr",
+        help="sgd has momentum 0.9 and wants a higher --lr; muon: Muon for the convolutions behind "
+        "the first, Adam for all else",
+    )
+    flag(
+        "--muon_lr",
+        type=positive,
+        default=0.1,
+        metavar="LR",
+        help="peak learning rate of Muon, as a part of a kernel's length a step; 0.05 to 0.2",
     )
     flag(
         "--lr",

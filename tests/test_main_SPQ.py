@@ -221,7 +221,7 @@ def test_gradients_that_are_not_finite_stop_before_the_step(small_set, tmp_path,
         ["--amp=bf16", "--optimizer=adamw", "--warmup_epochs=0.5"],
         ["--input_size=24", "--distance=l2", "--crop_size=24", "--width=6"],
         ["--augmentation=batched", "--crop_min_area=0.2", "--jitter_strength=0.5"],
-        ["--joint_views"],
+        ["--joint_views", "--optimizer=muon"],
         ["--accumulate=2", "--cuda_graph=False"],
         ["--recipe=released", "--epochs=2"],
         ["--recipe=fast", "--epochs=2"],
@@ -259,7 +259,7 @@ def test_flags_reach_what_they_are_for(small_set, tmp_path, monkeypatch):
         return real_soft(self, x, alpha)
 
     def see(trainer):
-        seen.update(decay=trainer.optimizer.param_groups[0]["weight_decay"])
+        seen.update(decay=trainer.optimizers[0].param_groups[0]["weight_decay"])
         conv = trainer.model.trunk.stages[0].conv1
 
         def hook(module, inputs, output):
@@ -388,3 +388,11 @@ def test_early_crops_are_small_and_a_resume_does_not_change_them(small_set, tmp_
     run(small_set, tmp_path, *flags, "--max_steps=3")
     run(small_set, tmp_path, *flags, "--max_steps=8", "--resume=auto")
     assert sides == {s: [8, 8] if s < 6 else [16, 16] for s in range(8)}  # 6 of 30 steps
+
+
+def test_a_resumed_run_with_two_optimizers_ends_bit_equal(small_set, tmp_path):
+    flags = ["--optimizer=muon", "--limit_db=60", "--limit_query=10", "--epochs=1"]
+    run(small_set, tmp_path / "whole", *flags)
+    run(small_set, tmp_path / "cut", *flags, "--max_steps=7")
+    run(small_set, tmp_path / "cut", *flags, "--resume=auto")
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")

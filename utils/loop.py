@@ -21,7 +21,7 @@ from utils.device import AMP_DTYPES
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logging import RunLog, plain
-from utils.optimizers import build_optimizer, restore_optimizer, set_lr
+from utils.optimizers import build_optimizers, restore_optimizer, set_lr
 from utils.schedule import lr_schedule
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, beside --checkpoint_every
@@ -88,7 +88,7 @@ class Trainer:
         self.batches, self.evaluate_model, self.ranks = batches, evaluate, ranks
         self.device = next(model.parameters()).device
         self.path: Path = args.output_dir / LAST
-        self.optimizer = build_optimizer(args, model)
+        self.optimizers = build_optimizers(args, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.lr_at = lr_schedule(
             args.lr_schedule, args.lr, args.epochs, len(batches), args.warmup_epochs
@@ -126,7 +126,7 @@ class Trainer:
         # every step: evaluation switches the mode (and the released code forgot to switch back)
         training = not (self.args.freeze_bn and self.evaluated)
         self.wrapped.train(training)
-        set_lr(self.optimizer, self.lr_at(self.step))
+        set_lr(self.optimizers, self.lr_at(self.step))
         views = self.batches.batch(self.step)
         stats = self._graph(views, training) if self._graph else self._optimise(views)
         self._unread.append((self.step, stats))
@@ -134,14 +134,15 @@ class Trainer:
 
     def _optimise(self, views: Views) -> Tensor:
         """Forward, backward and update, all on the device; loss and gradient norm, (2,)."""
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss = self._backward(views)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         stats = torch.stack([loss.detach().float(), norm.float()])
         if self.device.type == "cpu":
             self._check_finite(self.step, *stats.tolist(), "; the step was not taken")
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         return stats
 
@@ -353,7 +354,7 @@ class Trainer:
                 "args": plain(self.args),
                 "step": self.step,
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(),
                 "last_eval": self.last_eval,
             }
@@ -381,7 +382,10 @@ class Trainer:
             self.evaluated = self.last_eval["step"] if self.last_eval else 0
             if args.eval_only:
                 return
-            restore_optimizer(self.optimizer, checkpoint["optimizer"])
+            states = checkpoint["optimizer"]
+            states = [states] if isinstance(states, dict) else states  # as older ones have it
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                restore_optimizer(optimizer, state)
             if self.scaler.is_enabled() and checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -1,36 +1,59 @@
-"""Optimizers by name, and their learning rate on the device."""
+"""Optimizers by name, and their learning rates on the device."""
 
 from argparse import Namespace
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+from utils.muon import Muon
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 
 
-def build_optimizer(args: Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
     """--optimizer over all parameters, fused into few kernels.
 
-    With `args.cuda_graph` on a GPU the learning rate is a tensor there, which a replayed graph
+    One optimizer, or two with `muon`: Muon with --muon_lr for the convolutions behind the first,
+    Adam for all else. Each group has `share`, its peak rate as a multiple of --lr.
+
+    With `args.cuda_graph` on a GPU the learning rates are tensors there, which a replayed graph
     reads anew.
     """
     parameters = list(model.parameters())
-    graphed = args.cuda_graph and parameters[0].device.type == "cuda"
-    lr = torch.tensor(args.lr, device=parameters[0].device) if graphed else args.lr
-    common = {"lr": lr, "weight_decay": args.weight_decay, "fused": True}
+    device = parameters[0].device
+    graphed = args.cuda_graph and device.type == "cuda"
+
+    def rate(value: float) -> float | torch.Tensor:
+        return torch.tensor(value, device=device) if graphed else value
+
+    found: list[torch.optim.Optimizer] = []
+    if args.optimizer == "muon":
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        kernels = [m.weight for m in convolutions if m.in_channels > 3]  # not the first: images
+        found.append(Muon(kernels, rate(args.muon_lr)))
+        taken = {id(p) for p in kernels}
+        parameters = [p for p in parameters if id(p) not in taken]
+    common = {"lr": rate(args.lr), "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return kind(parameters, capturable=graphed, **common)
+        found.append(torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common))
+    else:
+        kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
+        found.append(kind(parameters, capturable=graphed, **common))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["share"] = args.muon_lr / args.lr if isinstance(optimizer, Muon) else 1.0
+    return found
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Learning rate of all groups, from the next step on."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """Learning rate of all groups, from the next step on, each times its share."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr * group["share"])
+            else:
+                group["lr"] = lr * group["share"]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

@@ -27,6 +27,7 @@ def flags(folder, **changed):
         "max_minutes": None,
         "optimizer": "sgd",
         "lr": 0.1,
+        "muon_lr": 0.1,
         "weight_decay": 1e-4,
         "lr_schedule": "constant",
         "warmup_epochs": 0.0,
@@ -187,6 +188,6 @@ def test_a_resumed_optimizer_has_this_run_s_settings(tmp_path):
     make(tmp_path, max_steps=2).fit()
     again = make(tmp_path, weight_decay=0.5, lr=0.3)
     again._restore(load_checkpoint(tmp_path / LAST))
-    assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
-    momenta = [s["momentum_buffer"] for s in again.optimizer.state.values()]
+    assert again.optimizers[0].param_groups[0]["weight_decay"] == 0.5
+    momenta = [s["momentum_buffer"] for s in again.optimizers[0].state.values()]
     assert len(momenta) == len(list(again.model.parameters()))
