@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,20 +110,44 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over ranks; so is its gradient."""
+class _GlobalNorm(torch.autograd.Function):
+    """Batch norm of this rank's images by the statistics of all ranks', and those statistics.
+
+    Forward and backward are torch's own kernels for given statistics; what the statistics
+    themselves contribute to the gradient is added in one pass.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):  # noqa: ANN001
+        values = x if x.dtype == torch.float64 else x.float()
+        local = torch.stack(torch.var_mean(values, dim=(0, 2, 3), correction=0))  # (2, C)
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local)
+        var, mean = torch.stack(parts).unbind(1)  # (ranks, C) each
+        mean, means = mean.mean(dim=0), mean
+        var = (var + (means - mean).square()).mean(dim=0)
+        out = F.batch_norm(values, mean, var, weight, bias, training=False, eps=eps)
+        ctx.save_for_backward(values, weight, mean, var)
+        ctx.eps, ctx.dtype = eps, x.dtype
+        ctx.mark_non_differentiable(mean, var)
+        return out.to(x.dtype), mean, var
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+    def backward(ctx, grad: Tensor, *_):  # noqa: ANN001
+        values, weight, mean, var = ctx.saved_tensors
+        grad = grad.to(values.dtype)
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, values, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([dweight, dbias])  # over images and pixels, of all ranks
+        dist.all_reduce(sums)
+        n = values.numel() // values.shape[1] * dist.get_world_size()
+        # dx of batch norm: scale * (grad - mean(grad) - x^ mean(grad x^)), x^ = (x - mean) / sd
+        scale = weight * torch.rsqrt(var + ctx.eps)
+        slope = -scale * torch.rsqrt(var + ctx.eps) * sums[0] / n
+        shift = -scale * sums[1] / n - slope * mean
+        dx = dx.addcmul_(values, slope[:, None, None]).add_(shift[:, None, None])
+        return dx.to(ctx.dtype), dweight, dbias, None
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -135,17 +160,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        values = x if x.dtype == torch.float64 else x.float()
-        n = values.numel() // values.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(values.sum(dim=(0, 2, 3))) / n  # (C,)
-        centred = values - mean[:, None, None]
-        var = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / n
+        out, mean, var = _GlobalNorm.apply(x, self.weight, self.bias, self.eps)
+        n = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / max(1, n - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return out
 
 
 def _globalise(module: nn.Module) -> nn.Module:
