@@ -78,8 +78,8 @@ def add_recipe_flag(parser: Parser) -> None:
         choices=sorted(RECIPES),
         default="paper",
         help="a named set of defaults, which any flag beside it overrides; paper: as the paper is "
-        "written; released: as the released code ran; fast: what did best for its time in our "
-        f"measurements. Where they differ from the defaults below: {sets}",
+        "written; released: as the released code ran; fast: for short trainings, provisional. "
+        f"Where they differ from the defaults below: {sets}",
     )
 
 
@@ -220,7 +220,7 @@ def add_augmentation_flags(parser: Parser) -> None:
         choices=sorted(AUGMENTATIONS),
         default="kornia",
         help="what makes the views; batched: the same transforms in a few large operations, "
-        "kornia's to within rounding and twice as fast on a CPU",
+        "kornia's to within rounding and faster",
     )
     flag(
         "--crop_size",
@@ -398,8 +398,8 @@ def add_training_flags(parser: Parser) -> None:
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="on a GPU, replay the training step as one CUDA graph: for networks so narrow or "
-        "batches so small that launching kernels takes longer than running them",
+        help="on one GPU, not with fp16: replay the training step as one CUDA graph; for networks "
+        "so narrow or batches so small that launching kernels takes longer than running them",
     )
     flag(
         "--seed",

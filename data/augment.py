@@ -96,7 +96,7 @@ class BatchedAugment(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) uint8 -> views (B, 3, crop_size, crop_size) float32 in [0, 1]."""
-        return self.apply(images, self.draw(images))
+        return self.transform(images, self.draw(images))
 
     def draw(self, images: Tensor) -> Draw:
         """Random parameters for each image."""
@@ -143,7 +143,7 @@ class BatchedAugment(nn.Module):
             side=chance(P_BLUR) * weight / (1 + 2 * weight),
         )
 
-    def apply(self, images: Tensor, draw: Draw) -> Tensor:
+    def transform(self, images: Tensor, draw: Draw) -> Tensor:
         """Views of uint8 images under given parameters."""
         with torch.autocast(images.device.type, enabled=False):
             view = crop_resize(images, draw, self.crop_size)

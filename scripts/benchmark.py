@@ -253,7 +253,9 @@ def bench_augmentation(args: argparse.Namespace, device: torch.device) -> dict:
     kornia, batched = SimCLRAugment(32).to(device), BatchedAugment(32)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # kornia blurs by convolution
         want = kornia(batch)
-    difference = (batched.apply(batch, draw_of_kornia(kornia, device)) - want).abs().max().item()
+    difference = (
+        (batched.transform(batch, draw_of_kornia(kornia, device)) - want).abs().max().item()
+    )
     assert difference <= SAME_VIEW, difference
     repeats = max(5, args.repeats)
     t_kornia = seconds(lambda: (kornia(batch), kornia(batch)), device, repeats)

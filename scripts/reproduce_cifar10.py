@@ -199,6 +199,8 @@ class Campaign:
             print(f"{name} failed ({run['error']}); going on with the next", file=sys.stderr)
         self.save()
         self.publish()
+        if code == 0:
+            keep_weights(folder, self.args.output_dir / name)
         if code == TIME_IS_OVER:
             raise TrainingStopped("Work is left: give the same command again", TIME_IS_OVER)
 
@@ -232,7 +234,7 @@ class Campaign:
         out, groups = self.args.output_dir, {}
         out.mkdir(parents=True, exist_ok=True)
         (out / "benchmark.json").write_text(json.dumps(self.state, indent=1) + "\n")
-        for name, run in self.state["runs"].items():
+        for name in self.state["runs"]:
             source, target = self.args.state_dir / name, out / name
             if not (source / "metrics.jsonl").exists():
                 continue
@@ -242,8 +244,6 @@ class Campaign:
             shutil.copy(self.args.state_dir / f"{name}.log", target / "console.log")
             if any(entry["kind"] == "eval" for entry in read_metrics(source)):
                 groups[name] = [read_run(source)]
-            if run["status"] == "done":
-                keep_weights(source, target)
         if groups:
             failed = {n: r["error"] for n, r in self.state["runs"].items() if "error" in r}
             lines = [

@@ -19,7 +19,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 run="runs/folder_$(basename "$images")_$(printf %s "$images" | cksum | cut -d' ' -f1)"
 if [ ! -e "$run/index/manifest.json" ]; then
     "$PYTHON" main_SPQ.py --dataset=folder --data_dir="$images" \
-        --recipe=fast --width=16 --input_size=64 --batch_size=64 --epochs=20 --warmup_epochs=1 \
+        --loss=cqc --width=16 --input_size=64 --batch_size=64 --epochs=20 --warmup_epochs=1 \
+        --lr=2e-3 --contrastive_temperature=0.2 --soft_quantization_scale=10 \
         --output_dir="$run" --resume=auto "$@"
     "$PYTHON" search.py build --checkpoint "$run" --index "$run/index" --images "$images"
 else

@@ -357,6 +357,12 @@ def test_validate_asks_held_out_training_images(small_set, tmp_path, monkeypatch
     assert log_of(tmp_path, "eval")[0]["queries"] == 30
     with pytest.raises(UserError, match=r"--validate=False: .* made with --validate=True"):
         run(small_set, tmp_path, "--resume=auto")
+    # an evaluation of its own asks the same images, unless told otherwise
+    again = ["--eval_only", "--resume=auto", "--Top_N=50", "--device=cpu"]
+    again += [f"--data_dir={small_set}", f"--output_dir={tmp_path}"]
+    for more, queries in (([], 30), (["--validate=False"], 60)):
+        main_SPQ.main([*again, *more])
+        assert json.loads((tmp_path / "eval_only.json").read_text())[0]["queries"] == queries
 
 
 def test_max_minutes_leaves_with_code_75_and_resumes_bit_equal(

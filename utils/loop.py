@@ -106,7 +106,9 @@ class Trainer:
         on_cpu = self.device.type == "cpu"
         self.log_every = args.log_every or (10 if on_cpu else len(batches))
         self._unread: list[tuple[int, Tensor]] = []  # steps and their loss and gradient norm
-        self._graph = StepGraph(self._optimise) if args.cuda_graph and not on_cpu else None
+        # a graph holds nothing that waits for the device (fp16's scaler) or for other ranks
+        graphs = args.cuda_graph and not on_cpu and ranks.world_size == 1 and args.amp != "fp16"
+        self._graph = StepGraph(self._optimise) if graphs else None
         self._signal = 0
 
     # --- one step ---------------------------------------------------------------------------

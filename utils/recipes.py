@@ -12,7 +12,7 @@ RECIPES: dict[str, dict] = {
         "epochs": 5000,
         "distance": "l2",
     },
-    # best for its time in our trials; crops are for images of 32 pixels and grow with --input_size
+    # for short trainings, provisional; crops are for images of 32 pixels and grow with --input_size
     "fast": {
         "loss": "cqc",
         "contrastive_temperature": 0.2,

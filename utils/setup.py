@@ -18,7 +18,7 @@ from utils.logging import plain
 # flags that give a model its shape: a checkpoint fits only if they are equal
 SHAPE_FLAGS = ["arch", "width", "N_books", "N_words", "L_word", "quantizer"]
 # flags that an evaluation takes from the checkpoint unless they are given
-MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs"]
+MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs", "validate"]
 # flags that may differ on a resume without a word
 FREE_FLAGS = {
     "resume",

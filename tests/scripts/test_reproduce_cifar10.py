@@ -59,7 +59,7 @@ def test_a_campaign_in_pieces_ends_with_a_table_curves_and_weights(call, tmp_pat
     assert f"{evals[-1]['mAP@50']:.4f}" in table
     assert f"--epochs={evals[-1]['epoch']:g}" in run["flags"]
     assert f"python main_SPQ.py {' '.join(run['flags'])}" in table
-    assert (folder / "console.log").read_text().count("Result of the last epoch") == 1
+    assert "Result of the last epoch" in (folder / "console.log").read_text()
     kept = load_trained(folder / "model.pt").model.state_dict()
     whole = load_checkpoint(tmp_path / "state" / name / LAST)["model"]
     assert torch.equal(kept["quantizer.codebooks"], whole["quantizer.codebooks"])
