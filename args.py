@@ -304,12 +304,12 @@ def add_training_flags(parser: Parser) -> None:
         "over both, and a GPU has more to do at once",
     )
     flag(
-        "--freeze_bn",
-        action=BooleanFlag,
-        default=False,
-        metavar="BOOL",
-        help="from the first evaluation on, batch norm keeps its running statistics and normalises "
-        "by them: what the released code does unawares",
+        "--freeze_bn_epoch",
+        type=not_negative,
+        default=None,
+        metavar="N",
+        help="from epoch N on, batch norm keeps its running statistics and normalises by them: "
+        "what the released code does unawares after its first evaluation (default: never)",
     )
     flag(
         "--accumulate",
@@ -325,8 +325,9 @@ def add_training_flags(parser: Parser) -> None:
         type=positive,
         default=None,
         metavar="MINUTES",
-        help="save and leave after so long, with exit code 75; --resume=auto goes on (default: no "
-        "such stop)",
+        help="save and leave after so long, with exit code 75; --resume=auto goes on. Counted from "
+        "this call's first step; loading, and the evaluation after the last step, come on top "
+        "(default: no such stop)",
     )
     flag(
         "--max_steps",
@@ -362,7 +363,7 @@ def add_training_flags(parser: Parser) -> None:
         type=not_negative,
         default=1e-5,
         metavar="WD",
-        help="L2 penalty (adamw: decoupled decay)",
+        help="L2 penalty (adamw: decoupled decay; Muon's kernels have none)",
     )
     flag(
         "--lr_schedule",
@@ -400,6 +401,14 @@ def add_training_flags(parser: Parser) -> None:
         metavar="BOOL",
         help="on one GPU, not with fp16: replay the training step as one CUDA graph; for networks "
         "so narrow or batches so small that launching kernels takes longer than running them",
+    )
+    flag(
+        "--deterministic",
+        action=BooleanFlag,
+        default=True,
+        metavar="BOOL",
+        help="on a GPU, only cuDNN's kernels that give the same at every run; without, the fastest "
+        "of all of them",
     )
     flag(
         "--seed",
@@ -534,6 +543,12 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         )
     if args.accumulate > 1 and args.cuda_graph:
         parser.error("--cuda_graph: holds one whole step; allowed with --accumulate=1")
+    if "early_crop_size" in args.given and not args.early_share:
+        parser.error("--early_crop_size: does nothing without --early_share, 0.5 for one")
+    if "early_share" in args.given and args.early_share and args.early_crop_size is None:
+        parser.error("--early_share: does nothing without --early_crop_size, 16 for one")
+    if "muon_lr" in args.given and args.optimizer != "muon":
+        parser.error(f"--muon_lr: does nothing with --optimizer={args.optimizer}; allowed is muon")
     if args.validate and args.dataset == "folder":
         parser.error("--validate: a folder has no labels to score with; allowed is cifar10")
     if args.warmup_epochs > args.epochs:

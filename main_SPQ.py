@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from args import parse_args, spq_parser
 from data.augment import AUGMENTATIONS
-from data.batches import DeviceBatches, ViewBatches
+from data.batches import DeviceBatches, ViewBatches, batches_ahead
 from data.cifar10 import CLASSES, hold_out, load_cifar10
 from data.folder import load_folder
 from losses import contrastive_loss, cqc_loss
@@ -26,9 +26,6 @@ from utils.loop import Trainer
 from utils.report import report
 from utils.setup import start_run
 
-# batches that a GPU augments together, where the cost is that of launching kernels; and the most
-# memory that their views may take
-AHEAD, AHEAD_BYTES = 8, 2**28
 LOSSES = {
     "cqc": partial(cqc_loss, variant="released"),
     "cqc-paper": partial(cqc_loss, variant="paper"),
@@ -88,8 +85,7 @@ def build_trainer(
     def augments_at(step: int) -> list[nn.Module]:  # one for each view
         return 2 * [early if step < early_steps else late]
 
-    batch_bytes = 2 * 3 * 4 * args.crop_size**2 * args.batch_size  # of float32 views
-    ahead = max(1, min(AHEAD, AHEAD_BYTES // batch_bytes)) if device.type == "cuda" else 1
+    ahead = batches_ahead(device, 2 * args.batch_size, args.crop_size)
     batches = ViewBatches(batches, augments_at, args.seed, ahead)
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels
@@ -104,7 +100,7 @@ def build_trainer(
         alpha=args.soft_quantization_scale,
     ).to(device, memory_format=layout)
     if args.compile:
-        model.trunk.compile()
+        model.trunk.compile(dynamic=False)
     criterion = LOSSES[args.loss]
 
     def embed(model: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -82,8 +82,8 @@ class BatchedAugment(nn.Module):
     Crop, resize and flip are one pair of matrix products (bilinear weights are separable), the
     jitter runs over the whole batch with neutral factors where it does not apply, the hue is
     shifted without going through HSV tables, the blur is two weighted sums. With the same
-    parameters the images are kornia's up to rounding (1e-5); the parameters have kornia's
-    distributions. One call may hold the images of many batches, which then share the order of the
+    parameters the images are kornia's to within 1e-4; the parameters have kornia's distributions.
+    One call may hold the images of many batches, which then share the order of the
     four jitter steps, as the images of one batch do in kornia.
 
     Args and random numbers: as `SimCLRAugment`.

@@ -9,6 +9,10 @@ from torch import Tensor
 from utils.distributed import Ranks
 from utils.errors import UserError
 
+# batches that a GPU augments together, where the cost is that of launching kernels; and the most
+# memory that their views may take
+AHEAD, AHEAD_BYTES = 8, 2**28
+
 
 class DeviceBatches:
     """Shuffled batches of uint8 images that live on the device.
@@ -101,3 +105,10 @@ class ViewBatches:
         return [
             augment(images).unflatten(0, (self.ahead, -1)) for augment in self.augments_at(start)
         ]
+
+
+def batches_ahead(device: torch.device, views: int, side: int) -> int:
+    """How many batches of so many float32 views of side x side pixels to augment together."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(AHEAD, AHEAD_BYTES // (views * 3 * 4 * side**2)))

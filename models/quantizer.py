@@ -93,7 +93,7 @@ class ProductQuantizer(nn.Module):
         that of `soft(x, alpha)`, so codebooks and descriptors both learn.
         """
         soft = self.soft(x, alpha)
-        nearest = self.decode(self.encode(x))
+        nearest = self._words(self.encode(x))  # not decode: its checks wait for a GPU
         return soft + (nearest - soft).detach()
 
     @torch.no_grad()
@@ -113,6 +113,9 @@ class ProductQuantizer(nn.Module):
             raise ValueError(f"codes must be (N, {self.M}); got {tuple(codes.shape)}")
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.K):
             raise ValueError(f"codes must lie in [0, {self.K})")
+        return self._words(codes)
+
+    def _words(self, codes: Tensor) -> Tensor:
         subspace = torch.arange(self.M, device=codes.device)
         return self.codebooks[subspace, codes.long()].flatten(1)  # (N, M, d) -> (N, D)
 

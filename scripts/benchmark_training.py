@@ -319,8 +319,9 @@ def told(error: Exception) -> dict[str, str]:
 def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Peak memory of training by batch size and --accumulate, each in a process of its own.
 
-    Two steps, as Adam's state is there from the second on. `step_MiB` is what they need beside the
-    weights and the images; on a GPU that holds the views of `AHEAD` batches.
+    Two steps unless `steps` says otherwise, as Adam's state is there from the second on. `step_MiB`
+    is what they need beside the weights and the images; on a GPU that holds the views of `AHEAD`
+    batches.
     """
     sizes, parts = (words.split(",") for words in (args.batch_sizes, args.accumulates))
     found = []
@@ -339,12 +340,13 @@ def bench_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
 
 
 def memory_of(args: argparse.Namespace, device: torch.device, batch: int, accumulate: int) -> dict:
-    """Peak memory of this process over its first two steps."""
+    """Peak memory of this process over its first steps."""
     images = random_images(2 * batch, args.size, device)
     words = [f"--batch_size={batch}", f"--accumulate={accumulate}"]
     trainer = trainer_of(args, images, words)
     before = memory(device, start=True)
-    for _ in range(2):
+    steps = args.steps or 2
+    for _ in range(steps):
         trainer.train_step()
     trainer.read_losses()
     peak = memory(device)
@@ -352,6 +354,7 @@ def memory_of(args: argparse.Namespace, device: torch.device, batch: int, accumu
         "size": args.size,
         "width": args.width,
         "amp": trainer.args.amp,
+        "steps": steps,
         "before_MiB": before / 2**20,
         "step_MiB": (peak - before) / 2**20,
         "peak_MiB": peak / 2**20,
@@ -393,7 +396,12 @@ def main() -> None:
     add_flags(parser, PARTS)
     flag = parser.add_argument
     flag("--size", type=int, default=32, help="of the images, pixels (default: 32)")
-    flag("--steps", type=int, default=0, help="epoch: steps timed (default: 20 on CUDA, 2 on CPU)")
+    flag(
+        "--steps",
+        type=int,
+        default=0,
+        help="epoch: steps timed (default: 20 on CUDA, 2 on CPU); memory: steps (default: 2)",
+    )
     variants = [RELEASED, *VARIANTS]
     flag(
         "--variants",

@@ -25,6 +25,7 @@ from utils.cli import run_main
 from utils.errors import UserError
 from utils.figures import COLUMN, PRINT, save
 from utils.logging import read_metrics
+from utils.setup import FREE_FLAGS
 
 # colours and signs of the groups, told apart in grey print too
 STYLES = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#666666", "v")]
@@ -80,11 +81,26 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.4f}{more}"
 
 
+def check_comparable(groups: Mapping[str, list[tuple[dict, list[Point]]]]) -> None:
+    """Runs of a group may differ in their seed, all runs in anything but --Top_N.
+
+    Raises:
+        UserError: if they differ in more.
+    """
+    if len({args["Top_N"] for runs in groups.values() for args, _ in runs}) > 1:
+        raise UserError("--group: runs with different --Top_N cannot be compared")
+    for group, ((first, _), *others) in groups.items():
+        names = first.keys() - FREE_FLAGS - {"seed", "given"}
+        changed = {n for args, _ in others for n in names if args.get(n) != first[n]}
+        if changed:
+            raise UserError(f"--group {group}: its runs differ in {', '.join(sorted(changed))}")
+
+
 def table(groups: Mapping[str, list[tuple[dict, list[Point]]]], at_minutes: float | None) -> str:
     """Markdown, a row for each group: its last evaluations, squared L2 but for the last column."""
     top_n = next(iter(groups.values()))[0][0]["Top_N"]
     name = f"mAP@{top_n}"
-    head = ["run", "bits", "recipe", "seeds", "epochs", "minutes of training"]
+    head = ["run", "bits", "recipe", "seeds", "epochs", "minutes of training", "queries"]
     head += [f"{name}, found", f"{name}, all", "mAP@all", f"{name}, found, l2"]
     head += [f"{name}, found, at {at_minutes:g} minutes"] if at_minutes else []
     lines = [head, ["---"] * len(head)]
@@ -95,6 +111,8 @@ def table(groups: Mapping[str, list[tuple[dict, list[Point]]]], at_minutes: floa
         row = [group, "/".join(sorted(bits)), str(args.get("recipe", "")), str(len(runs))]
         row.append("/".join(sorted({f"{p.epoch:.4g}" for p in last})))
         row.append(f"{statistics.fmean(p.minutes for p in last):.1f}")
+        asked = {str(m["queries"]) for point in last for m in point.metrics.values()}
+        row.append("/".join(sorted(asked)) + (" held out" if args.get("validate") else ""))
         for metric in (name, f"{name}_all_relevant", "mAP@all"):
             row.append(spread([figure_of(p, metric) for p in last]))
         row.append(spread([figure_of(p, name, "l2") for p in last]))
@@ -140,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if empty:
         parser.error(f"--group {empty[0]}: has a name and no folder")
     groups = {name: [read_run(Path(f)) for f in folders] for name, *folders in args.group}
+    check_comparable(groups)
     text = table(groups, args.at_minutes)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "table.md").write_text(text)

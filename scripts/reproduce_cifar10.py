@@ -6,18 +6,19 @@
 A call works for at most `--minutes` of wall-clock time, everything included, and exits with 75 if
 work is left: call it again, and it goes on where it was, also after a kill. In turn:
 
-    throughput   about 3 min   how long an epoch takes, with and without --compile and --cuda_graph;
-                               the released loop beside ours, a step's profile
+    throughput   about 4 min   how long an epoch takes, with and without --compile and --cuda_graph;
+                               the released loop beside ours, a step's profile, peak memory
     32bits       8 min         --recipe=fast
     16bits       4.5 min
     64bits       4.5 min
     released     what is left  --recipe=released, 32 bits
 
-`--total_minutes=25` counts everything, over all calls. A run gets as many epochs as fit into its
-minutes at the measured speed; the number is kept in DIR/campaign.json with the command, which
-repeats the run. DIR holds the runs with their checkpoints and may lie anywhere; the output folder
-gets what is to be kept, after every piece: benchmark.json, table.md, curves.png, and for each run
-its logs and pictures, and its weights in bfloat16, in parts of 15 MiB that `cat` joins.
+`--total_minutes=25` counts everything, over all calls; what has begun is brought to its end. A run
+gets as many epochs as fit into its minutes at the measured speed; the number is kept in
+DIR/campaign.json with the command, which repeats the run. A run that failed waits for `--retry`.
+DIR holds the runs with their checkpoints and may lie anywhere; the output folder gets what is to be
+kept, after every piece: benchmark.json, table.md, curves.png, and for each run its logs and
+pictures, and its weights in bfloat16, in parts of 15 MiB that `cat` joins.
 """
 
 # ruff: noqa: E402  the clock starts before torch is imported, which can take half a minute
@@ -28,16 +29,23 @@ STARTED = time.monotonic()
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from filelock import FileLock, Timeout
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from args import parse_args, spq_parser
 from scripts.compare_runs import draw_curves, read_run, table
 from utils.checkpoint import LAST
 from utils.cli import run_main
@@ -49,7 +57,15 @@ from utils.trained import load_trained, save_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = [sys.executable, "main_SPQ.py"]
-SPEED_FLAGS = [[], ["--compile"], ["--cuda_graph"], ["--compile", "--cuda_graph"]]
+FREE = "--deterministic=False"
+SPEED_FLAGS = [[], [FREE], [FREE, "--cuda_graph"], [FREE, "--cuda_graph", "--compile"]]
+SAME_LOSS = 0.1  # most that a faster training's loss may differ by, as a share of it
+# parts of benchmark_training.py
+BENCHMARKS = {
+    "epoch": ["--variants=released,plain,joint_views,joint_views+compile+cuda_graph"],
+    "profile": [],
+    "memory": ["--batch_sizes=256,1024", "--accumulates=1"],
+}
 # name -> minutes of 25 (None: what is left), and flags; 256 images keep a large accelerator busy
 FAST = ["--recipe=fast", "--batch_size=256"]
 RUNS: dict[str, tuple[float | None, list[str]]] = {
@@ -59,13 +75,15 @@ RUNS: dict[str, tuple[float | None, list[str]]] = {
     "released": (None, ["--recipe=released", "--N_books=8"]),
 }
 TOTAL_MINUTES = 25.0  # that the minutes above are of
-PILOT_EPOCHS = 4  # of a speed measurement; the first, which compiles, does not count
+PILOT_EPOCHS = 4  # of a speed measurement
+WHOLE_CALL = 0.5  # of a call's minutes; what does not end in so much never will
 USED_SHARE = 0.9  # of a run's minutes for training; the rest is start-up and evaluation
 EVALUATIONS = 8  # in a run
 CHECKPOINT_SECONDS = 60  # between checkpoints
-BENCHMARK_SECONDS = 120  # that the benchmark may take
+BENCHMARK_SECONDS = 90  # that each part of the benchmark may take
 MARGIN_SECONDS = 40  # kept back in a call for a last checkpoint and the results
 PART_BYTES = 15 * 2**20  # of weights in one file
+ASKED_TO_LEAVE = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class Campaign:
@@ -120,30 +138,18 @@ class Campaign:
 
     def measure(self, name: str, flags: Sequence[str]) -> None:
         """Seconds of an epoch under each set of speed flags, by short trainings; the fastest that
-        works is kept."""
+        works, and trains as the plain one does, is kept."""
         known = self.state["speed"].setdefault(name, {})
         several = name == "fast" and self.args.device != "cpu"
         for speed_flags in SPEED_FLAGS if several else SPEED_FLAGS[:1]:
             key = " ".join(speed_flags)
-            if key in known:
-                continue
-            folder = self.args.state_dir / "pilot"
-            command = [*self.main, *flags, *self.args.extra, *self.places(), *speed_flags]
-            command.append("--overwrite")
-            command += [f"--epochs={PILOT_EPOCHS}", "--warmup_epochs=0", f"--output_dir={folder}"]
-            command += [f"--eval_epoch={PILOT_EPOCHS}", "--limit_query=100", "--limit_db=1000"]
-            code, tail = self.call(command, self.args.state_dir / "pilot.log", self.left())
-            if code == 0:
-                lines = [e for e in read_metrics(folder) if e["kind"] == "train" and e["epoch"] > 1]
-                images = json.loads((folder / "args.json").read_text())["args"]["batch_size"]
-                images *= lines[-1]["step"] / PILOT_EPOCHS  # of an epoch
-                seconds = fmean(images / e["images_per_s"] for e in lines)
-                known[key] = {"epoch_s": seconds, "steps": lines[-1]["step"] / PILOT_EPOCHS}
-            else:
-                self.left()  # cut by the end of this call: the next one tries again
-                known[key] = {"error": tail}
-            print(f"{name} {key or 'without speed flags'}: {known[key]}", flush=True)
-            self.save()
+            if key not in known:
+                known[key] = self.pilot([*flags, *self.args.extra, *speed_flags])
+                plain = known[""].get("loss")
+                if plain and abs(known[key].get("loss", plain) - plain) > SAME_LOSS * plain:
+                    known[key] = {"error": f"loss {known[key]['loss']} and not {plain}"}
+                print(f"{name} {key or 'without speed flags'}: {known[key]}", flush=True)
+                self.save()
         if not any("epoch_s" in figures for figures in known.values()):
             del self.state["speed"][name]
             self.save()
@@ -151,20 +157,51 @@ class Campaign:
                 f"{name}: no short training worked; see {self.args.state_dir}/pilot.log"
             )
 
+    def pilot(self, flags: Sequence[str]) -> dict:
+        """A training of four epochs, small crops in the first two if the recipe has any; the second
+        and the fourth count, as the others compile."""
+        share = parse_args(spq_parser(), flags).early_share
+        folder, seconds = self.args.state_dir / "pilot", self.left()
+        command = [*self.main, *flags, *(["--early_share=0.5"] if share else []), *self.places()]
+        command += ["--overwrite", f"--epochs={PILOT_EPOCHS}", "--warmup_epochs=0"]
+        command += [f"--eval_epoch={PILOT_EPOCHS}", "--limit_query=100", "--limit_db=1000"]
+        command += ["--checkpoint_every=1000000000", f"--output_dir={folder}"]
+        code, tail = self.call(command, self.args.state_dir / "pilot.log", seconds)
+        if code == TIME_IS_OVER and seconds > WHOLE_CALL * (60 * self.args.minutes):
+            return {"error": f"not done after {seconds:.0f} s"}
+        if code == TIME_IS_OVER:
+            raise TrainingStopped("Work is left: give the same command again", TIME_IS_OVER)
+        if code:
+            return {"error": tail}
+        lines = [entry for entry in read_metrics(folder) if entry["kind"] == "train"]
+        batch = json.loads((folder / "args.json").read_text())["args"]["batch_size"]
+        spent = dict.fromkeys(range(1, PILOT_EPOCHS + 1), 0.0)  # seconds of each epoch
+        for before, entry in zip([{"step": 0}, *lines], lines, strict=False):
+            steps = entry["step"] - before["step"]
+            spent[math.ceil(entry["epoch"])] += steps * batch / entry["images_per_s"]
+        epoch_s = share * spent[2] + (1 - share) * spent[PILOT_EPOCHS]
+        steps = lines[-1]["step"] / PILOT_EPOCHS
+        return {"epoch_s": epoch_s, "steps": steps, "loss": lines[-1]["loss"]}
+
     def benchmark(self) -> None:
-        """benchmark_training.py: the released loop beside ours, and a step's profile."""
-        if "benchmark" in self.state:
-            return
-        command = [sys.executable, "scripts/benchmark_training.py", "--part=epoch,profile"]
-        command += ["--variants=released,plain,joint_views", *self.args.benchmark]
-        log, seconds = self.args.state_dir / "benchmark.log", self.left()
-        code, tail = self.call(command, log, min(seconds, BENCHMARK_SECONDS))
-        if code == TIME_IS_OVER and seconds < BENCHMARK_SECONDS:
-            self.left()  # the end of this call cut it: the next one tries again
-        text = log.read_text()
-        found = json.loads(text[text.rindex("\n{\n") :]) if code == 0 else {"error": tail}
-        self.state["benchmark"] = found
-        self.save()
+        """benchmark_training.py: the released loop beside ours, a step's profile, peak memory."""
+        found = self.state.setdefault("benchmark", {})
+        for part, flags in BENCHMARKS.items():
+            if part in found:
+                continue
+            log, seconds = self.args.state_dir / f"benchmark_{part}.log", self.left()
+            log.unlink(missing_ok=True)
+            command = [sys.executable, "scripts/benchmark_training.py", f"--part={part}", *flags]
+            command += self.args.benchmark
+            code, tail = self.call(command, log, min(seconds, BENCHMARK_SECONDS))
+            if code == TIME_IS_OVER and seconds < BENCHMARK_SECONDS:
+                raise TrainingStopped("Work is left: give the same command again", TIME_IS_OVER)
+            _, start, text = log.read_text().rpartition("\n{\n")
+            try:  # a part that failed may have told something before
+                found[part] = json.JSONDecoder().raw_decode(start[1:] + text)[0][part]
+            except (ValueError, KeyError):
+                found[part] = {"error": tail}
+            self.save()
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -177,6 +214,9 @@ class Campaign:
                 (s for s in speed if "epoch_s" in speed[s]), key=lambda s: speed[s]["epoch_s"]
             )
             seconds = 60 * (minutes or self.args.total_minutes) - (0 if minutes else self.used_s())
+            if seconds < self.args.start_seconds:
+                print(f"{name}: --total_minutes={self.args.total_minutes:g} are used up")
+                return
             epochs = max(1, int(USED_SHARE * seconds / speed[best]["epoch_s"]))
             every = CHECKPOINT_SECONDS * speed[best]["steps"] / speed[best]["epoch_s"]
             words = [*flags, *best.split(), f"--checkpoint_every={max(1, round(every))}"]
@@ -193,14 +233,13 @@ class Campaign:
         command += [f"--output_dir={folder}", f"--max_minutes={seconds / 60:.3f}"]
         code, tail = self.call(command, self.args.state_dir / f"{name}.log", seconds)
         if code == 0:
+            keep_weights(folder, self.args.output_dir / name)
             run["status"] = "done"
         elif code != TIME_IS_OVER:
             run["status"], run["error"] = "failed", f"exit code {code}: {tail}"
             print(f"{name} failed ({run['error']}); going on with the next", file=sys.stderr)
         self.save()
         self.publish()
-        if code == 0:
-            keep_weights(folder, self.args.output_dir / name)
         if code == TIME_IS_OVER:
             raise TrainingStopped("Work is left: give the same command again", TIME_IS_OVER)
 
@@ -216,16 +255,24 @@ class Campaign:
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
-                process.terminate()
-                try:
-                    process.wait(self.args.margin_seconds / 2)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                self.end_process(process)
                 code = TIME_IS_OVER
+            except BaseException:  # asked to leave: nobody trains on behind our back
+                self.end_process(process)
+                raise
+        code = TIME_IS_OVER if code in ASKED_TO_LEAVE else code
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
         print(tail, flush=True)
         return code, tail
+
+    def end_process(self, process: subprocess.Popen) -> None:
+        """Ask it to leave; later kill it."""
+        process.terminate()
+        try:
+            process.wait(self.args.margin_seconds / 2)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     # --- results --------------------------------------------------------------------------------
 
@@ -247,7 +294,9 @@ class Campaign:
         if groups:
             failed = {n: r["error"] for n, r in self.state["runs"].items() if "error" in r}
             lines = [
-                f"`python main_SPQ.py {shlex.join(self.state['runs'][n]['flags'])}`" for n in groups
+                f"`python main_SPQ.py {shlex.join(self.state['runs'][n]['flags'])} "
+                f"--output_dir=runs/{n}`"
+                for n in groups
             ]
             text = table(groups, None) + "\n" + "\n\n".join(lines) + "\n"
             text += "".join(f"\n{name} failed: {why}\n" for name, why in failed.items())
@@ -268,13 +317,14 @@ def keep_weights(source: Path, target: Path) -> None:
             weight.data = weight.data.bfloat16()
     for old in target.glob("model.pt*"):
         old.unlink()
+    target.mkdir(parents=True, exist_ok=True)
     path = target / "model.pt"
     save_trained(path, trained)
     content = path.read_bytes()
     if len(content) > PART_BYTES:
         path.unlink()
         for i, start in enumerate(range(0, len(content), PART_BYTES)):
-            (target / f"model.pt.part{i}").write_bytes(content[start : start + PART_BYTES])
+            (target / f"model.pt.part{i:02d}").write_bytes(content[start : start + PART_BYTES])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -293,6 +343,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--benchmark", type=shlex.split, default=[], help="flags of benchmark_training.py")
     flag("--margin_seconds", type=positive, default=MARGIN_SECONDS, help="kept back in a call")
     flag("--start_seconds", type=positive, default=30.0, help="least time to begin anything in")
+    flag("--retry", action=BooleanFlag, default=False, help="go on with runs that failed")
     flag("--dry_run", action=BooleanFlag, default=False, help="print the plan, and do nothing")
     args = parser.parse_args(argv)
     unknown = set(args.only.split(",")) - RUNS.keys()
@@ -319,20 +370,51 @@ def main(argv: Sequence[str] | None = None, main_command: Sequence[str] = MAIN) 
             told = f"{minutes:g} minutes" if minutes else "what is left"
             print(f"{name}: {told}, python main_SPQ.py {shlex.join(RUNS[name][1])}")
         return
+    if args.device == "auto" and not torch.cuda.is_available():
+        raise UserError("torch sees no CUDA GPU here; --device=cpu trains without one")
     args.state_dir.mkdir(parents=True, exist_ok=True)
-    campaign = Campaign(args, main_command, STARTED if argv is None else time.monotonic())
+    started = STARTED if argv is None else time.monotonic()
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with FileLock(args.state_dir / "lock", timeout=0):
+            work(Campaign(args, main_command, started), names, plan)
+    except Timeout:
+        raise UserError(f"--state_dir={args.state_dir}: another campaign works there") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave(number: int, frame: FrameType | None) -> NoReturn:
+    """On SIGTERM: through the `except` of `Campaign.call`, which ends what runs."""
+    raise SystemExit(128 + number)
+
+
+def work(campaign: Campaign, names: Sequence[str], plan: Mapping[str, float | None]) -> None:
+    """Everything in turn, as far as the time goes.
+
+    Raises:
+        TrainingStopped: with exit code 75 if work is left, 1 if a run failed.
+    """
+    args, runs = campaign.args, campaign.state["runs"]
+    for run in runs.values():
+        if args.retry and run["status"] == "failed":
+            run["status"] = "begun"
+            del run["error"]
     if names != ["released"]:
         campaign.measure("fast", RUNS["32bits"][1])
     if "released" in names:
         campaign.measure("released", RUNS["released"][1])
     campaign.benchmark()
     for name, minutes in plan.items():
-        if campaign.state["runs"].get(name, {}).get("status") != "failed":
+        if runs.get(name, {}).get("status") != "failed":
             campaign.train(name, minutes, RUNS[name][1])
     campaign.publish()
-    failed = [n for n in names if campaign.state["runs"][n]["status"] == "failed"]
+    failed = [n for n in names if runs.get(n, {}).get("status") == "failed"]
     if failed:
-        raise TrainingStopped(f"Failed: {', '.join(failed)}; see table.md", exit_code=1)
+        raise TrainingStopped(
+            f"Failed: {', '.join(failed)}; see {args.state_dir}/NAME.log, and --retry goes on",
+            exit_code=1,
+        )
     print(f"All done: {args.output_dir / 'table.md'}")
 
 

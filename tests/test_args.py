@@ -164,14 +164,15 @@ def test_recipes_are_defaults_that_flags_override():
     # the released code's own ways, slips included
     assert released.loss == "cqc"
     assert released.lr_schedule == "released"
-    assert released.freeze_bn is True
+    assert released.freeze_bn_epoch == 100
+    assert released.amp == "off"
     assert released.epochs == 5000
     assert released.distance == "l2"
     assert released.given == {"recipe"}
-    both = ("--recipe=released", "--freeze_bn=False", "--epochs=7")
+    both = ("--recipe=released", "--freeze_bn_epoch=3", "--epochs=7")
     for argv in (both, both[::-1]):
         args = parse(*argv)
-        assert (args.freeze_bn, args.epochs, args.loss) == (False, 7, "cqc")
+        assert (args.freeze_bn_epoch, args.epochs, args.loss) == (3, 7, "cqc")
     assert parse("--recipe=fast").recipe == "fast"
     assert parse().loss == "cqc-paper"  # a recipe does not linger
 
@@ -200,6 +201,22 @@ def test_parts_of_a_batch_must_fit(capsys):
     assert "at least 2 images" in refused(capsys, "--accumulate=8", "--batch_size=8")
     assert "--cuda_graph" in refused(capsys, "--cuda_graph", "--accumulate=2")
     assert parse("--accumulate=4").accumulate == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--early_crop_size=16"], "--early_crop_size: does nothing without --early_share"),
+        (["--early_share=0.5"], "--early_share: does nothing without --early_crop_size"),
+        (["--muon_lr=0.05"], "--muon_lr: does nothing with --optimizer=adam"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags, message, capsys):
+    assert message in refused(capsys, *flags)
+    # beside the flag that they need they are taken, a recipe's too
+    needed = ["--early_crop_size=16", "--early_share=0.5", "--optimizer=muon", "--muon_lr=0.05"]
+    assert parse(*needed).early_share == 0.5
+    assert parse("--recipe=fast", "--early_share=0").early_share == 0
 
 
 def test_validation_needs_labels(capsys):

@@ -11,8 +11,8 @@ from utils.loop import TrainingStopped
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run `main` and exit: 2 on bad input or a full disk, 1 on a stopped training, 128 + n on a
-    signal."""
+    """Run `main` and exit: 2 on bad input or a full disk, 1 on a stopped training, 75 where
+    --max_minutes are over, 128 + n on a signal."""
     is_main = Ranks.from_environment().is_main
     code = 0
     try:

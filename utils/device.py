@@ -70,6 +70,12 @@ def choose_amp(amp: str, device: torch.device) -> str:
     return "bf16" if _seconds(torch.float32) > BF16_MUST_GAIN * _seconds(torch.bfloat16) else "off"
 
 
+def choose_kernels(deterministic: bool) -> None:
+    """cuDNN's kernels: those that give the same at every run, or the fastest of all of them."""
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
 def _seconds(dtype: torch.dtype, size: int = 768) -> float:
     """Fastest of a few matrix products, seconds."""
     a = torch.ones(size, size, dtype=dtype)

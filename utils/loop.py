@@ -29,6 +29,8 @@ TIME_IS_OVER = 75  # exit code at --max_minutes: sysexits' "try again", here wit
 LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has overflowed
 # a resumed run draws the same images in the same order only if these are as they were
 FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate"]
+# why a loop pauses, as bits of one number: the greatest over the ranks counts for all of them
+LATE, OVER, SIGNAL_SHIFT = 1, 2, 2  # a checkpoint is due; time is over; above them the signal
 # what an evaluation's figures depend on, beside the weights
 EVALUATION_FLAGS = ["Top_N", "distance", "limit_db", "limit_query", "input_size", "validate"]
 
@@ -108,6 +110,8 @@ class Trainer:
         self._unread: list[tuple[int, Tensor]] = []  # steps and their loss and gradient norm
         # a graph holds nothing that waits for the device (fp16's scaler) or for other ranks
         graphs = args.cuda_graph and not on_cpu and ranks.world_size == 1 and args.amp != "fp16"
+        if args.cuda_graph and not graphs and ranks.is_main:
+            print("--cuda_graph: is for one GPU and not for fp16; trained without")
         self._graph = StepGraph(self._optimise) if graphs else None
         self._signal = 0
 
@@ -126,7 +130,8 @@ class Trainer:
                 they were. On a GPU `read_losses` finds it.
         """
         # every step: evaluation switches the mode (and the released code forgot to switch back)
-        training = not (self.args.freeze_bn and self.evaluated)
+        freeze = self.args.freeze_bn_epoch
+        training = freeze is None or self.step < freeze * len(self.batches)
         self.wrapped.train(training)
         set_lr(self.optimizers, self.lr_at(self.step))
         views = self.batches.batch(self.step)
@@ -263,30 +268,32 @@ class Trainer:
                 done = self.step == self.total_steps
                 due = self._evaluation_due()
                 reads = self.step % self.log_every == 0 or self.step % epoch_steps == 0 or done
-                asked = 0  # why to stop or save now; the same on all ranks
+                asked = 0
                 if reads or self.ranks.world_size == 1:
                     now = time.monotonic()
                     late = now - saved > CHECKPOINT_SECONDS
                     over = now - started > 60 * (self.args.max_minutes or math.inf)
-                    asked = self.ranks.max(self._signal << 2 | over << 1 | late, self.device)
+                    asked = self._signal << SIGNAL_SHIFT | OVER * over | LATE * late
+                    asked = self.ranks.max(asked, self.device)
                 saves = due or asked or self.step % self.args.checkpoint_every == 0
                 if reads or saves:
                     loss = self.read_losses()
                     passed = time.perf_counter() - clock
                     speed = (self.step - clock_step) * self.args.batch_size / max(1e-9, passed)
-                    clock, clock_step = time.perf_counter(), self.step
+                    clock_step = self.step
                     lr = self.lr_at(self.step - 1)
                     entry = {"kind": "train", "epoch": self.step / epoch_steps, "step": self.step}
                     self.log.write(entry | {"loss": loss, "lr": lr, "images_per_s": speed})
                     self._show(bar, epoch, loss, lr, speed)
-                if asked > 1 and not done:
-                    self._stop(asked >> 2)
+                if asked >= OVER and not done:
+                    self._stop(asked >> SIGNAL_SHIFT)
                 if saves:
                     self.save()
                     saved = time.monotonic()
                 if due and not done:
                     metrics = self.evaluate()
-                    clock = time.perf_counter()
+                if reads or saves:
+                    clock = time.perf_counter()  # of training alone
         if self.evaluate_model is None:
             self.save()
         elif self.last_eval is None or self.last_eval["step"] != self.step:
@@ -321,7 +328,8 @@ class Trainer:
         self._check_weights()
         metrics: list[dict] = []
         if self.ranks.is_main:
-            with self.autocast():
+            # compiled for the shapes of training alone
+            with self.autocast(), torch.compiler.set_stance("force_eager"):
                 found = self.evaluate_model(self.model)
             epoch = self.step / len(self.batches)
             place = {"kind": "eval", "epoch": epoch, "step": self.step}
@@ -359,6 +367,7 @@ class Trainer:
                 "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
                 "scaler": self.scaler.state_dict(),
                 "last_eval": self.last_eval,
+                "evaluated": self.evaluated,
             }
             try:
                 save_checkpoint(self.path, state)
@@ -381,7 +390,8 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.step, self.last_eval = checkpoint["step"], checkpoint["last_eval"]
-            self.evaluated = self.last_eval["step"] if self.last_eval else 0
+            before = self.last_eval["step"] if self.last_eval else 0
+            self.evaluated = checkpoint.get("evaluated", before)  # older ones do not have it
             if args.eval_only:
                 return
             states = checkpoint["optimizer"]

@@ -8,7 +8,8 @@ RECIPES: dict[str, dict] = {
     "released": {
         "loss": "cqc",
         "lr_schedule": "released",
-        "freeze_bn": True,
+        "freeze_bn_epoch": 100,  # its --eval_epoch: batch norm freezes as it first evaluates
+        "amp": "off",
         "epochs": 5000,
         "distance": "l2",
     },

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.checkpoint import LAST, check_same, find_checkpoint, load_checkpoint
-from utils.device import choose_amp, choose_device
+from utils.device import choose_amp, choose_device, choose_kernels
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logging import plain
@@ -28,6 +28,7 @@ FREE_FLAGS = {
     "max_steps",
     "max_minutes",
     "cuda_graph",
+    "deterministic",
     "eval_only",
     "eval_epoch",
     "checkpoint_every",
@@ -105,7 +106,7 @@ def start_run(method: str, args: Namespace) -> Run:
         amp = "auto" if amp == "fp16" and device.type == "cpu" else amp
     amp = ranks.collect(choose_amp(amp, device))[0]
     args = Namespace(**{**vars(args), "amp": amp})
-    torch.backends.cudnn.deterministic = True  # a seed repeats a run
+    choose_kernels(args.deterministic)
     torch.manual_seed(args.seed)  # of the weights; views have seeds of their own
     if ranks.is_main:
         print(" ".join(f"{name}={value}" for name, value in plain(args).items()))

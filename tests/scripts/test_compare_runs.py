@@ -8,10 +8,11 @@ from scripts import compare_runs as compare
 from utils.errors import UserError
 
 
-def write_run(folder, values, speeds=(64.0, 32.0), batch=32):
+def write_run(folder, values, speeds=(64.0, 32.0), **changed):
     """A run's files: an evaluation after each ten steps at the speed given."""
     folder.mkdir(parents=True)
-    args = {"batch_size": batch, "Top_N": 50, "recipe": "fast"}
+    args = {"batch_size": 32, "Top_N": 50, "recipe": "fast", "lr": 0.1, "validate": False}
+    args |= changed
     (folder / "args.json").write_text(json.dumps({"args": args}))
     lines = []
     for i, (value, speed) in enumerate(zip(values, speeds, strict=True), start=1):
@@ -19,7 +20,7 @@ def write_run(folder, values, speeds=(64.0, 32.0), batch=32):
         for distance, less in (("squared_l2", 0.0), ("l2", 0.1)):
             found = {"mAP@50": value - less, "mAP@50_all_relevant": 0.01, "mAP@all": value / 2}
             place = {"kind": "eval", "step": 10 * i, "epoch": i, "distance": distance}
-            lines.append(place | found | {"code_bits": 32})
+            lines.append(place | found | {"code_bits": 32, "queries": 7})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -34,7 +35,7 @@ def test_minutes_are_those_of_training(tmp_path):
 
 def test_table_has_mean_and_deviation_of_the_seeds(tmp_path, capsys):
     a = [str(write_run(tmp_path / f"a{i}", [0.2, value])) for i, value in enumerate((0.3, 0.4))]
-    b = [str(write_run(tmp_path / "b", [0.5, 0.6], speeds=(1.0, 1.0)))]
+    b = [str(write_run(tmp_path / "b", [0.5, 0.6], speeds=(1.0, 1.0), validate=True))]
     out = tmp_path / "out"
     flags = ["--group", "one", *a, "--group", "two", *b, f"--output_dir={out}", "--at_minutes=0.1"]
     compare.main(flags)
@@ -48,6 +49,7 @@ def test_table_has_mean_and_deviation_of_the_seeds(tmp_path, capsys):
     assert (one["bits"], one["seeds"], one["epochs"]) == ("32", "2", "2")
     assert one["mAP@50, found, l2"] == "0.2500 ± 0.0707"
     assert one["mAP@50, found, at 0.1 minutes"] == "0.2000 ± 0.0000"
+    assert (one["queries"], two["queries"]) == ("7", "7 held out")
     assert two["mAP@50, found"] == "0.6000"
     assert two["mAP@50, found, at 0.1 minutes"] == "none yet"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -69,3 +71,21 @@ def test_bad_input_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--group", "alone", f"--output_dir={tmp_path}"])
     assert "--group alone: has a name and no folder" in capsys.readouterr().err
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
+    one, two, three, four = (
+        str(write_run(tmp_path / name, [0.2, 0.3], **changed))
+        for name, changed in (
+            ("1", {"seed": 1}),
+            ("2", {"seed": 2, "output_dir": "elsewhere"}),
+            ("3", {"seed": 3, "lr": 0.2}),
+            ("4", {"Top_N": 60}),
+        )
+    )
+    out = f"--output_dir={tmp_path / 'out'}"
+    compare.main(["--group", "a", one, two, "--group", "b", three, out])
+    with pytest.raises(UserError, match=r"--group a: its runs differ in lr$"):
+        compare.main(["--group", "a", one, two, three, out])
+    with pytest.raises(UserError, match="different --Top_N"):
+        compare.main(["--group", "a", one, "--group", "b", four, out])

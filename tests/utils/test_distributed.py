@@ -126,11 +126,14 @@ def torchrun(small_files, output_dir, *flags):
     )
 
 
-def test_main_s_own_step_equals_that_of_one_process(small_files, small_set, tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_main_s_own_step_equals_that_of_one_process(parts, small_files, small_set, tmp_path):
     # --views=same takes the augmentation out: its random numbers are each rank's own
-    # sgd, because Adam turns the rounding of small gradients into whole steps of either sign
-    sgd = ["--max_steps=2", "--optimizer=sgd"]
-    two = torchrun(small_files, tmp_path / "two", *sgd, "--views=same")
+    # sgd, because Adam turns the rounding of small gradients into whole steps of either sign;
+    # batch norm frozen where a batch goes through in parts, which have statistics of their own
+    sgd = ["--max_steps=2", "--optimizer=sgd", "--lr=0.003"]
+    sgd += ["--freeze_bn_epoch=0"] if parts > 1 else []
+    two = torchrun(small_files, tmp_path / "two", *sgd, "--views=same", f"--accumulate={parts}")
     assert two.returncode == 0, two.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(main_SPQ.AUGMENTATIONS, "kornia", small_cifar.SameViews)
@@ -143,6 +146,7 @@ def test_main_s_own_step_equals_that_of_one_process(small_files, small_set, tmp_
         losses.append([e["loss"] for e in entries if e["kind"] == "train"])
     # float32; without the other rank's negatives the loss would be lower by log 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(losses[0][0] - losses[0][1]) > 0.005  # gradients have been at work
 
 
 def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_path):

@@ -33,7 +33,7 @@ def flags(folder, **changed):
         "warmup_epochs": 0.0,
         "amp": "off",
         "accumulate": 1,
-        "freeze_bn": False,
+        "freeze_bn_epoch": None,
         "cuda_graph": False,
         "eval_epoch": 1,
         "eval_only": False,
@@ -73,39 +73,41 @@ def make(folder, evaluate=None, **changed):
     return Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, Ranks())
 
 
-def freeze(model):
-    """Batch norm by its running statistics, so that parts of a batch do not see each other."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-            module.train = lambda mode=True: None  # stays as it is
-
-
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts, tmp_path):
-    trainers = [make(tmp_path, accumulate=n) for n in (1, parts)]
+    # batch norm by its running statistics, so that parts of a batch do not see each other
+    trainers = [make(tmp_path, accumulate=n, freeze_bn_epoch=0) for n in (1, parts)]
     grads = []
     for trainer in trainers:
-        freeze(trainer.model)
         trainer.train_step()
         grads.append({name: p.grad for name, p in trainer.model.named_parameters()})
     # float64; sums in another order
-    assert trainers[0].read_losses() == pytest.approx(trainers[1].read_losses(), rel=1e-12)
+    losses = [trainer.read_losses() for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     for name, want in grads[0].items():
         assert want.abs().max() > 0, name
         torch.testing.assert_close(grads[1][name], want, rtol=1e-8, atol=1e-12)
     # the sum of the parts' own losses would be another thing: fewer negatives
     apart = make(tmp_path)
-    freeze(apart.model)
     views = [view[: B // parts] for view in apart.batches.batch(0)]
-    part = apart.loss_of(*apart.embed(apart.model.train(), views))
-    assert abs(part.item() - trainers_loss(tmp_path)) > 0.1
+    part = apart.loss_of(*apart.embed(apart.model.eval(), views))
+    assert abs(part.item() - losses[0]) > 0.1
 
 
-def trainers_loss(tmp_path):
-    trainer = make(tmp_path)
+def test_gradients_of_parts_with_statistics_of_their_own(tmp_path):
+    trainer, plain = make(tmp_path, accumulate=2), make(tmp_path)
     trainer.train_step()
-    return trainer.read_losses()
+    # all parts in one graph
+    parts = zip(*(view.chunk(2) for view in plain.batches.batch(0)), strict=True)
+    rows = [plain.embed(plain.model.train(), part) for part in parts]
+    loss = plain.loss_of(*(torch.cat(row) for row in zip(*rows, strict=True)))
+    loss.backward()
+    assert trainer.read_losses() == pytest.approx(loss.item(), rel=1e-6)  # logged in float32
+    for (name, p), q in zip(
+        plain.model.named_parameters(), trainer.model.parameters(), strict=True
+    ):
+        assert p.grad.abs().max() > 0, name
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-12)
 
 
 def test_statistics_of_a_batch_in_parts_are_updated_once_a_part(tmp_path):
@@ -135,8 +137,8 @@ def evaluation(model):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_freeze_bn_begins_with_the_first_evaluation(frozen, tmp_path):
-    trainer = make(tmp_path, evaluation, freeze_bn=frozen)
+def test_batch_norm_freezes_at_its_epoch(frozen, tmp_path):
+    trainer = make(tmp_path, evaluation, freeze_bn_epoch=1 if frozen else None)
     means, norm = [], trainer.model.trunk.stem[1]
     step = trainer.train_step
 
@@ -152,16 +154,29 @@ def test_freeze_bn_begins_with_the_first_evaluation(frozen, tmp_path):
     assert not torch.equal(means[10][2], means[11][2])  # scale and shift learn on
 
 
-def test_freeze_bn_holds_after_a_resume(tmp_path):
-    make(tmp_path, evaluation, freeze_bn=True, max_steps=6).fit()
+def test_frozen_batch_norm_stays_so_after_a_resume(tmp_path):
+    make(tmp_path, evaluation, freeze_bn_epoch=1, max_steps=6).fit()
     state = load_checkpoint(tmp_path / LAST)
-    again = make(tmp_path, evaluation, freeze_bn=True)
+    again = make(tmp_path, evaluation, freeze_bn_epoch=1)
     again._restore(state)
     again.train_step()
     assert not again.model.training
     assert torch.equal(
         again.model.trunk.stem[1].running_mean, state["model"]["trunk.stem.1.running_mean"]
     )
+
+
+def test_what_was_evaluated_under_other_flags_stays_in_the_log(tmp_path):
+    make(tmp_path, evaluation, max_steps=4).fit()
+    for steps in (6, 7):  # the second one knows it from the first one's checkpoint only
+        state = load_checkpoint(tmp_path / LAST)
+        again = make(tmp_path, evaluation, max_steps=steps, distance="squared_l2", eval_epoch=9)
+        again._restore(state)
+        assert again.last_eval is None
+        again.evaluate_model = None  # killed before it evaluates
+        again.fit()
+    kept = [e["step"] for e in read_metrics(tmp_path) if e["kind"] == "eval"]
+    assert kept == [4]
 
 
 def test_max_minutes_saves_and_leaves(tmp_path):

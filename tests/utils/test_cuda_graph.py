@@ -1,0 +1,80 @@
+"""The step as a CUDA graph: against plain steps on a GPU; elsewhere, when it records, replays."""
+
+from argparse import Namespace
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import main_SPQ
+from args import parse_args, spq_parser
+from utils import cuda_graph
+from utils.cuda_graph import WARM_UP_STEPS, StepGraph
+from utils.distributed import Ranks
+
+
+class NoStream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """CUDA's graphs without a GPU: what is recorded is a call that replay makes again."""
+    events = []
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    @contextmanager
+    def recording(graph):
+        events.append("record")
+        yield
+
+    @contextmanager
+    def stream(which):
+        yield
+
+    fake = Namespace(
+        CUDAGraph=Graph, graph=recording, Stream=NoStream, current_stream=NoStream, stream=stream
+    )
+    monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
+    return events
+
+
+def test_each_shape_and_mode_warms_up_and_is_recorded_once(recorder):
+    def step(views):
+        recorder.append("step")
+        return views[0].sum()[None]
+
+    graph = StepGraph(step)
+    small, large = (torch.ones(2, side) for side in (3, 4))
+    for views, mode in (((small, small), True), ((large, large), True), ((large, large), False)):
+        recorder.clear()
+        for _ in range(WARM_UP_STEPS + 3):
+            graph(views, mode)
+        # recorded once, which does not run it, and replayed for that step and each one after it
+        assert recorder == ["step"] * WARM_UP_STEPS + ["record", "step"] + 3 * ["replay"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
+def test_replayed_steps_train_as_plain_ones(optimizer, tmp_path):
+    """The rate changes at every step, crops grow on the way, batch norm freezes near the end."""
+    words = ["--width=8", "--batch_size=16", "--N_books=4", "--L_word=4", "--epochs=6", "--amp=off"]
+    words += ["--early_crop_size=16", "--early_share=0.5", "--freeze_bn_epoch=5"]
+    words += [f"--optimizer={optimizer}", f"--output_dir={tmp_path}", "--loss=cqc", "--lr=0.01"]
+    losses = []
+    for graph in (False, True):
+        args = parse_args(spq_parser(), [*words, f"--cuda_graph={graph}"])
+        torch.manual_seed(0)
+        images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda")
+        trainer = main_SPQ.build_trainer(args, images, None, Ranks())
+        assert (trainer._graph is not None) == graph
+        losses.append([])
+        for _ in range(trainer.total_steps):
+            trainer.train_step()
+            losses[-1].append(trainer.read_losses())
+    assert losses[0][-1] < losses[0][0] - 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
