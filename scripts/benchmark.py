@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.augment import BatchedAugment, Draw, SimCLRAugment
+from data.batches import AHEAD
 from losses import cqc_loss
-from main_SPQ import AHEAD
 from models import SPQ, build_quantizer, build_trunk
 from utils.device import AMP_DTYPES, choose_amp, describe_hardware
 from utils.metrics import evaluate_retrieval

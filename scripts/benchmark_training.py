@@ -43,8 +43,8 @@ from benchmark import (
 
 from args import parse_args, spq_parser
 from data.augment import SimCLRAugment
-from data.batches import DeviceBatches, ViewBatches
-from main_SPQ import AHEAD, build_trainer
+from data.batches import AHEAD, DeviceBatches, ViewBatches
+from main_SPQ import build_trainer
 from utils.device import choose_amp
 from utils.distributed import Ranks
 from utils.loop import Trainer

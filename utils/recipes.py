@@ -13,12 +13,11 @@ RECIPES: dict[str, dict] = {
         "epochs": 5000,
         "distance": "l2",
     },
-    # for short trainings, provisional; crops are for images of 32 pixels and grow with --input_size
+    # for short trainings (results/README.md); crops are for images of 32 pixels and grow with
+    # --input_size
     "fast": {
         "loss": "cqc",
         "contrastive_temperature": 0.2,
-        "soft_quantization_scale": 10.0,
-        "batch_size": 128,
         "optimizer": "muon",
         "lr": 2e-3,
         "warmup_epochs": 0.25,

@@ -1,8 +1,10 @@
 """The campaign at tiny scale, by real trainings: cut, resumed, failing; what it writes down."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from small_cifar import log_of
 
 from scripts import reproduce_cifar10 as campaign
 from utils.checkpoint import LAST, load_checkpoint
+from utils.errors import UserError
 from utils.loop import TIME_IS_OVER, TrainingStopped
 from utils.trained import load_trained
 
@@ -28,7 +31,7 @@ def call(small_files, tmp_path):
         words += [f"--data_dir={small_files}", "--device=cpu", f"--minutes={minutes}"]
         words += ["--margin_seconds=1", "--start_seconds=1", f"--extra={' '.join(TINY)}"]
         tiny = "--width=4 --batch_size=8 --size=8 --steps=1 --variants=plain"
-        words += [f"--benchmark={tiny}", *flags]
+        words += [f"--benchmark={tiny} --batch_sizes=8", *flags]
         try:
             campaign.main(words, main or [sys.executable, "tests/small_cifar.py"])
         except TrainingStopped as stop:
@@ -38,14 +41,25 @@ def call(small_files, tmp_path):
     return call
 
 
+def begin(tmp_path, **known):
+    """A campaign that has done its benchmarks, and what else is known."""
+    (tmp_path / "state").mkdir()
+    state = {"used_s": 0.0, "runs": {}, "speed": {}}
+    state |= {"benchmark": {part: {} for part in campaign.BENCHMARKS}} | known
+    (tmp_path / "state" / "campaign.json").write_text(json.dumps(state))
+
+
+SPEED = {"": {"epoch_s": 5.0, "steps": 15, "loss": 3.0}}
+
+
 def state_of(tmp_path):
     return json.loads((tmp_path / "state" / "campaign.json").read_text())
 
 
 def test_a_campaign_in_pieces_ends_with_a_table_curves_and_weights(call, tmp_path):
-    flags = ("--only=32bits", "--total_minutes=1.2")
+    flags = ("--only=32bits", "--total_minutes=0.8")
     codes = [call(*flags, minutes=0.5)]  # of half a minute each: the training is cut
-    while codes[-1] == TIME_IS_OVER and len(codes) < 6:
+    while codes[-1] == TIME_IS_OVER and len(codes) < 15:
         codes.append(call(*flags, minutes=0.5))
     assert codes[-1] == 0
     state = state_of(tmp_path)
@@ -69,6 +83,7 @@ def test_a_campaign_in_pieces_ends_with_a_table_curves_and_weights(call, tmp_pat
     benchmark = json.loads((tmp_path / "out" / "benchmark.json").read_text())["benchmark"]
     assert benchmark["epoch"]["plain"]["epoch_s"] > 0
     assert benchmark["profile"]["step_s"] > 0
+    assert benchmark["memory"][0]["peak_MiB"] > 0
     before = (tmp_path / "state" / "32bits" / "metrics.jsonl").read_text()
     assert call(*flags) == 0  # nothing left to do
     assert (tmp_path / "state" / "32bits" / "metrics.jsonl").read_text() == before
@@ -83,18 +98,94 @@ def test_a_failing_run_is_written_down_and_the_next_has_its_turn(call, tmp_path)
         "    sys.exit('out of luck')\n"
         f"runpy.run_path({str(Path('tests/small_cifar.py').resolve())!r}, run_name='__main__')\n"
     )
-    (tmp_path / "state").mkdir()
-    speed = {"": {"epoch_s": 5.0, "steps": 15}}
-    known = {"speed": {"fast": speed, "released": speed}, "runs": {}, "benchmark": {}}
-    known["used_s"] = 0.0
-    (tmp_path / "state" / "campaign.json").write_text(json.dumps(known))
-    flags = ("--only=32bits,released", "--total_minutes=0.3")
+    begin(tmp_path, speed={"fast": SPEED, "released": SPEED})
+    flags = ("--only=32bits,released", "--total_minutes=1.2")
     assert call(*flags, main=[sys.executable, str(script)]) == 1
     runs = state_of(tmp_path)["runs"]
     assert runs["32bits"]["status"] == "failed"
     assert "out of luck" in runs["32bits"]["error"]
     assert runs["released"]["status"] == "done"
     assert "32bits failed: exit code 1: " in (tmp_path / "out" / "table.md").read_text()
+    assert call(*flags) == 1  # it waits to be asked for
+    assert call(*flags, "--retry") == 0
+    assert state_of(tmp_path)["runs"]["32bits"]["status"] == "done"
+
+
+SLOW_TO_COMPILE = """
+import json, sys
+from pathlib import Path
+words = [w.removeprefix("--").partition("=")[::2] for w in sys.argv[1:]]
+flags = dict(words)
+assert flags["early_share"] == "0.5" and int(flags["epochs"]) == 4
+folder = Path(flags["output_dir"])
+folder.mkdir(exist_ok=True)
+(folder / "args.json").write_text(json.dumps({"args": {"batch_size": 10}}))
+seconds = {1: 50, 2: 2, 3: 50, 4: 4}  # of 20 images each; shapes compile in the first and third
+if "cuda_graph" in flags:
+    seconds[2] = seconds[4] = 1
+if "compile" in flags:
+    seconds[4] = 0.1
+loss = 9.0 if "compile" in flags else 3.0
+with (folder / "metrics.jsonl").open("w") as file:
+    for step in range(1, 9):  # two steps an epoch, a line each
+        epoch = (step + 1) // 2
+        line = {"kind": "train", "step": step, "epoch": step / 2, "loss": loss}
+        print(json.dumps(line | {"images_per_s": 20 / seconds[epoch]}), file=file)
+"""
+
+
+def test_speed_is_that_of_both_crops_without_what_compiles(call, tmp_path):
+    """On a stand-in for main_SPQ.py, whose log is known."""
+    script = tmp_path / "main.py"
+    script.write_text(SLOW_TO_COMPILE)
+    begin(tmp_path, runs={"32bits": {"status": "failed", "error": "", "flags": []}})
+    flags = ("--only=32bits", "--device=cuda", "--extra=--early_share=0.6")
+    assert call(*flags, main=[sys.executable, str(script)]) == 1
+    plain, free, graph, wrong = state_of(tmp_path)["speed"]["fast"].values()
+    # 0.6 of the steps take 2 s for 20 images, 0.4 take 4 s
+    assert plain["epoch_s"] == free["epoch_s"] == pytest.approx(0.6 * 2 + 0.4 * 4)
+    assert (plain["steps"], plain["loss"]) == (2, 3.0)
+    assert graph["epoch_s"] == pytest.approx(1)
+    assert wrong == {"error": "loss 9.0 and not 3.0"}  # fast, but it trains something else
+
+
+def test_what_never_ends_in_a_call_is_an_error_and_time_has_an_end(call, tmp_path, capsys):
+    script = tmp_path / "main.py"
+    script.write_text("import time; time.sleep(60)")
+    begin(tmp_path)
+    with pytest.raises(UserError, match="fast: no short training worked"):
+        call("--only=32bits", minutes=0.05, main=[sys.executable, str(script)])
+    known = state_of(tmp_path) | {"speed": {"fast": SPEED, "released": SPEED}, "used_s": 9e9}
+    (tmp_path / "state" / "campaign.json").write_text(json.dumps(known))
+    assert call("--only=released") == 0
+    assert "released: --total_minutes=25 are used up" in capsys.readouterr().out
+
+
+def test_a_campaign_that_is_asked_to_leave_takes_its_training_along(small_files, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)"
+    )
+    begin(tmp_path, speed={"fast": SPEED})
+    code = (
+        "import sys; from scripts.reproduce_cifar10 import main\n"
+        f"main(sys.argv[1:], [sys.executable, {str(script)!r}])"
+    )
+    words = [f"--state_dir={tmp_path / 'state'}", f"--output_dir={tmp_path / 'out'}"]
+    words += ["--only=32bits", "--device=cpu", f"--data_dir={small_files}"]
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    with pytest.raises(UserError, match="another campaign works there"):
+        campaign.main(words)
+    process.terminate()
+    assert process.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert state_of(tmp_path)["runs"]["32bits"]["status"] == "begun"  # to be gone on with
 
 
 def test_large_weights_come_in_parts_that_cat_joins(finished, tmp_path, monkeypatch):
