@@ -371,9 +371,10 @@ def in_own_process(args: argparse.Namespace, part: str, script: str, **changed: 
     done = subprocess.run(
         [sys.executable, script, *words], stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode:
+    try:  # a part of which something failed has figures nevertheless
+        return json.loads(done.stdout)[part]
+    except (ValueError, KeyError):
         return {"error": f"exit code {done.returncode}"}
-    return json.loads(done.stdout)[part]
 
 
 def print_found(found: dict) -> None:
