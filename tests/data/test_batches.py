@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.augment import BatchedAugment, SimCLRAugment
-from data.batches import DeviceBatches, ViewBatches
+from data.batches import AHEAD, DeviceBatches, ViewBatches, batches_ahead
 from utils.distributed import Ranks
 from utils.errors import UserError
 
@@ -133,3 +133,12 @@ def test_the_augmentation_is_asked_for_at_the_first_step_of_a_group(ahead):
         assert whole.shape == (8, 3, 12, 12)
         assert half.shape == (8, 3, 6, 12)  # views may differ in size
     assert asked == list(range(0, 10, ahead))
+
+
+def test_a_gpu_augments_several_batches_at_once_as_far_as_memory_goes():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert batches_ahead(cpu, 512, 32) == 1
+    assert batches_ahead(gpu, 512, 32) == AHEAD
+    # float32 views of 2 x 256 images of 224 pixels take 294 MiB, more than is allowed for
+    assert batches_ahead(gpu, 512, 224) == 1
+    assert 1 < batches_ahead(gpu, 512, 80) < AHEAD
