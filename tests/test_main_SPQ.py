@@ -307,7 +307,8 @@ def test_an_evaluation_the_checkpoint_does_not_know_of_stands_once(finished, sma
     path = tmp_path / LAST
     state = load_checkpoint(path)
     del state["path"]
-    save_checkpoint(path, state | {"last_eval": None})  # as if killed before it was saved
+    # as if killed before it was saved
+    save_checkpoint(path, state | {"last_eval": None, "evaluated": 0})
     run(small_set, tmp_path, "--resume=auto", "--eval_epoch=1")
     assert [e["step"] for e in log_of(tmp_path, "eval")] == [15, 15, 30, 30]
     assert_same_weights(finished, tmp_path)
