@@ -326,8 +326,8 @@ def add_training_flags(parser: Parser) -> None:
         default=None,
         metavar="MINUTES",
         help="save and leave after so long, with exit code 75; --resume=auto goes on. Counted from "
-        "this call's first step; loading, and the evaluation after the last step, come on top "
-        "(default: no such stop)",
+        "this call's first step; loading, and the evaluation after the last step, come on top. "
+        "torchrun itself then ends with 1 (default: no such stop)",
     )
     flag(
         "--max_steps",

@@ -70,6 +70,8 @@ def test_a_checkpoint_with_damaged_parts_is_refused(broken, finished, small_set,
 def test_another_order_of_images_is_refused_on_resume(finished, small_set, tmp_path):
     with pytest.raises(UserError, match=r"--batch_size=10 --seed=5: .*--batch_size=20 --seed=0"):
         run(small_set, tmp_path, "--batch_size=10", "--seed=5", f"--resume={finished}")
+    with pytest.raises(UserError, match=r"--recipe=released: .*was made with --recipe=paper"):
+        run(small_set, tmp_path, "--recipe=released", f"--resume={finished}")
 
 
 def test_a_run_in_the_way_is_not_lost(finished, small_set, tmp_path):

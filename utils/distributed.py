@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+_signals: dist.ProcessGroup | None = None  # gloo beside NCCL: words that no GPU has to wait for
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -43,6 +45,8 @@ class Ranks:
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timeout)
+            global _signals
+            _signals = dist.new_group(backend="gloo", timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Model for training: synchronised batch norm and averaged gradients if there are ranks."""
@@ -66,12 +70,12 @@ class Ranks:
             return tensors
         return tuple(_Gather.apply(t) for t in tensors)
 
-    def max(self, value: int, device: torch.device) -> int:
-        """The largest value of all ranks."""
+    def max(self, value: int) -> int:
+        """The largest value of all ranks, between their CPUs: no GPU is waited for."""
         if self.world_size == 1:
             return value
-        shared = torch.tensor(value, device=device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=_signals)
         return int(shared)
 
     def collect(self, value: object) -> list:
@@ -90,8 +94,10 @@ class Ranks:
     @staticmethod
     def disconnect() -> None:
         """Leave the process group."""
+        global _signals
         if dist.is_initialized():
             dist.destroy_process_group()
+            _signals = None
 
 
 class _Gather(torch.autograd.Function):

@@ -25,10 +25,12 @@ from utils.optimizers import build_optimizers, restore_optimizer, set_lr
 from utils.schedule import lr_schedule
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, beside --checkpoint_every
+AGREE_STEPS = 10  # between steps after which the ranks tell each other of signals and time
 TIME_IS_OVER = 75  # exit code at --max_minutes: sysexits' "try again", here with --resume=auto
 LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has overflowed
-# a resumed run draws the same images in the same order only if these are as they were
-FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate"]
+# a resumed run draws the same images in the same order only if these are as they were, and another
+# recipe is another run
+FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate", "recipe"]
 # why a loop pauses, as bits of one number: the greatest over the ranks counts for all of them
 LATE, OVER, SIGNAL_SHIFT = 1, 2, 2  # a checkpoint is due; time is over; above them the signal
 # what an evaluation's figures depend on, beside the weights
@@ -269,12 +271,12 @@ class Trainer:
                 due = self._evaluation_due()
                 reads = self.step % self.log_every == 0 or self.step % epoch_steps == 0 or done
                 asked = 0
-                if reads or self.ranks.world_size == 1:
+                if self.ranks.world_size == 1 or reads or self.step % AGREE_STEPS == 0:
                     now = time.monotonic()
                     late = now - saved > CHECKPOINT_SECONDS
                     over = now - started > 60 * (self.args.max_minutes or math.inf)
                     asked = self._signal << SIGNAL_SHIFT | OVER * over | LATE * late
-                    asked = self.ranks.max(asked, self.device)
+                    asked = self.ranks.max(asked)
                 saves = due or asked or self.step % self.args.checkpoint_every == 0
                 if reads or saves:
                     loss = self.read_losses()
@@ -383,9 +385,10 @@ class Trainer:
 
     def _restore(self, checkpoint: dict) -> None:
         args, path = self.args, Path(checkpoint["path"])
-        saved = {"validate": False} | checkpoint["args"]  # older ones have no such flag
+        # older ones have no such flags
+        saved = {"validate": False, "recipe": args.recipe} | checkpoint["args"]
         if not args.eval_only:
-            why = "they fix the order of the images and the state of the optimizer"
+            why = "they fix the order of the images, the state of the optimizer and what is trained"
             check_same(saved, args, FIXED_ON_RESUME, why, path)
         try:
             self.model.load_state_dict(checkpoint["model"])

@@ -16,6 +16,7 @@ from losses import cqc_loss
 from models import SPQ, build_quantizer, build_trunk
 from utils.checkpoint import LAST, load_checkpoint
 from utils.distributed import GlobalBatchNorm2d, Ranks
+from utils.loop import AGREE_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 B = 8  # images of the global batch
@@ -57,7 +58,7 @@ def child(rank, folder, port, variant):
     ranks = Ranks.from_environment()
     ranks.connect(torch.device("cpu"))
     torch.save(one_step(ranks, variant), f"{folder}/{rank}.pt")
-    assert ranks.max(rank, torch.device("cpu")) == 1
+    assert ranks.max(rank) == 1
     assert ranks.collect(rank * 10) == [0, 10]
     ranks.disconnect()
 
@@ -91,7 +92,7 @@ def test_one_process_is_left_alone():
     assert Ranks().wrap(model) is model
     x = torch.ones(2, 3)
     assert Ranks().gather(x)[0] is x
-    assert Ranks().max(3, torch.device("cpu")) == 3
+    assert Ranks().max(3) == 3
     assert Ranks().collect("a") == ["a"]
 
 
@@ -147,6 +148,14 @@ def test_main_s_own_step_equals_that_of_one_process(parts, small_files, small_se
     # float32; without the other rank's negatives the loss would be lower by log 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert abs(losses[0][0] - losses[0][1]) > 0.005  # gradients have been at work
+
+
+def test_torchrun_heeds_time_and_signals_within_an_epoch(small_files, tmp_path):
+    flags = ["--batch_size=4", "--log_every=1000", "--max_minutes=0.0001"]  # 75 steps an epoch
+    done = torchrun(small_files, tmp_path, *flags)
+    assert done.returncode == 1  # torchrun's own, whatever its processes end with
+    assert f"--max_minutes=0.0001 are over after step {AGREE_STEPS} of 150; saved" in done.stderr
+    assert load_checkpoint(tmp_path / LAST)["step"] == AGREE_STEPS
 
 
 def test_torchrun_trains_evaluates_and_resumes_with_one_writer(small_files, tmp_path):

@@ -20,6 +20,7 @@ B = 8
 def flags(folder, **changed):
     default = {
         "output_dir": folder,
+        "recipe": "paper",
         "batch_size": B,
         "seed": 0,
         "epochs": 3,
