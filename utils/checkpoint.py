@@ -1,5 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code from the file."""
 
+import glob
+import io
 import os
 import zipfile
 from argparse import Namespace
@@ -84,18 +86,24 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
 def read_torch(path: Path, flag: str) -> object:
     """Read a file that torch.save wrote onto the CPU; runs no code, checks every check sum.
 
+    A large file may be there in parts, `NAME.part00`, `NAME.part01` and so on, instead.
+
     Raises:
         UserError: if there is no such file, or it is none of torch's, or a damaged one.
     """
     try:
-        if not path.is_file():
+        parts = [] if path.is_file() else find_parts(path)
+        if not path.is_file() and not parts:
             raise UserError(
                 f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}"
             )
-        with zipfile.ZipFile(path) as archive:
+        file = io.BytesIO(b"".join(part.read_bytes() for part in parts)) if parts else path
+        with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:  # torch.load does not look at the check sums
                 raise zipfile.BadZipFile("a check sum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if parts:
+            file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be read: {error}") from error
     except UserError:
@@ -105,6 +113,11 @@ def read_torch(path: Path, flag: str) -> object:
             f"{flag}={path}: is not a checkpoint, or a damaged one ({type(error).__name__}); "
             f"allowed is a {LAST} that a main script wrote"
         ) from error
+
+
+def find_parts(path: Path) -> list[Path]:
+    """The parts that a file is kept in, in their order; none if there are none."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part[0-9][0-9]"))
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> Path | None:

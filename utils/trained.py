@@ -10,7 +10,7 @@ import torch
 
 from models import SPQ, build_spq
 from utils.checkpoint import FORMAT as CHECKPOINT
-from utils.checkpoint import LAST, VERSION, read_torch, write_torch
+from utils.checkpoint import LAST, VERSION, find_parts, read_torch, write_torch
 from utils.errors import UserError
 
 MODEL = "product-quantization-model"  # weights alone; a checkpoint has the optimizer's state too
@@ -45,7 +45,8 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
     """Load a training checkpoint, or the weights that `save_trained` wrote.
 
     Args:
-        path: the file, or a run's folder: its `checkpoint_last.pt`, or else its `model.pt`.
+        path: the file, or a run's folder: its `checkpoint_last.pt`, or else its `model.pt`, whole
+            or in parts.
         flag: for messages.
     Raises:
         UserError: if there is no such file, it is damaged, or it is of another program.
@@ -53,7 +54,8 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
     try:
         if path.is_dir():
             names = (LAST, "model.pt")
-            found = [path / name for name in names if (path / name).is_file()]
+            known = (path / name for name in names)
+            found = [file for file in known if file.is_file() or find_parts(file)]
             if not found:
                 raise UserError(f"{flag}={path}: holds neither {' nor '.join(names)}")
             path = found[0]
