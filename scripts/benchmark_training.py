@@ -45,7 +45,7 @@ from args import parse_args, spq_parser
 from data.augment import SimCLRAugment
 from data.batches import AHEAD, DeviceBatches, ViewBatches
 from main_SPQ import build_trainer
-from utils.device import choose_amp
+from utils.device import choose_amp, choose_kernels
 from utils.distributed import Ranks
 from utils.loop import Trainer
 
@@ -61,6 +61,12 @@ VARIANTS = {
         "--joint_views=True",
         "--compile=True",
         "--cuda_graph=True",
+    ],
+    "joint_views+compile+cuda_graph+free": [
+        "--joint_views=True",
+        "--compile=True",
+        "--cuda_graph=True",
+        "--deterministic=False",
     ],
 }
 RELEASED = "released"  # the variant that everything is compared with
@@ -101,7 +107,7 @@ def trainer_of(args: argparse.Namespace, images: Tensor, words: list[str]) -> Tr
     common += [f"--input_size={args.size}", "--augmentation=batched"]
     flags = parse_args(spq_parser(), [*common, *words])
     flags.amp = choose_amp(flags.amp, images.device)
-    torch.backends.cudnn.deterministic = True  # as main_SPQ.py
+    choose_kernels(flags.deterministic)
     torch.manual_seed(0)
     trainer = build_trainer(flags, images, None, Ranks())
     trainer.batches = Marked(trainer.batches)
@@ -236,7 +242,7 @@ def bench_profile(args: argparse.Namespace, device: torch.device) -> dict:
 def released_step(args: argparse.Namespace, images: Tensor) -> Callable[[], object]:
     """The released loop: float32, each view on its own, the loss read every step."""
     device = images.device
-    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.deterministic = torch.backends.cudnn.benchmark = False  # torch's defaults
     stepper = Stepper(build(args, device), [], plain_loss)
     augment = SimCLRAugment(args.size).to(device)
     batches = DeviceBatches(images, args.batch_size, 0, Ranks())

@@ -6,19 +6,22 @@
 A call works for at most `--minutes` of wall-clock time, everything included, and exits with 75 if
 work is left: call it again, and it goes on where it was, also after a kill. In turn:
 
-    throughput   about 4 min   how long an epoch takes, with and without --compile and --cuda_graph;
+    throughput   some minutes  how long an epoch takes, with and without --compile and --cuda_graph;
                                the released loop beside ours, a step's profile, peak memory
     32bits       8 min         --recipe=fast
     16bits       4.5 min
     64bits       4.5 min
     released     what is left  --recipe=released, 32 bits
 
-`--total_minutes=25` counts everything, over all calls; what has begun is brought to its end. A run
-gets as many epochs as fit into its minutes at the measured speed; the number is kept in
-DIR/campaign.json with the command, which repeats the run. A run that failed waits for `--retry`.
+`--total_minutes=25` counts everything, over all calls; what has begun is brought to its end. If the
+measuring took so long that the runs no longer fit, they share what is left in proportion, but none
+gets less than half of its minutes. A run gets as many epochs as fit into them at the measured
+speed; the number is kept in DIR/campaign.json with the command, which repeats the run. A run or a
+part of the benchmark that failed waits for `--retry`.
 DIR holds the runs with their checkpoints and may lie anywhere; the output folder gets what is to be
 kept, after every piece: benchmark.json, table.md, curves.png, and for each run its logs and
-pictures, and its weights in bfloat16, in parts of 15 MiB that `cat` joins.
+pictures, and its weights in bfloat16, in parts of 15 MiB if they are larger. search.py and
+make_figures.py read those from the folder.
 """
 
 # ruff: noqa: E402  the clock starts before torch is imported, which can take half a minute
@@ -37,6 +40,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -62,7 +66,7 @@ SPEED_FLAGS = [[], [FREE], [FREE, "--cuda_graph"], [FREE, "--cuda_graph", "--com
 SAME_LOSS = 0.1  # most that a faster training's loss may differ by, as a share of it
 # parts of benchmark_training.py
 BENCHMARKS = {
-    "epoch": ["--variants=released,plain,joint_views,joint_views+compile+cuda_graph"],
+    "epoch": ["--variants=released,plain,joint_views,joint_views+compile+cuda_graph+free"],
     "profile": [],
     "memory": ["--batch_sizes=256,1024", "--accumulates=1"],
 }
@@ -76,10 +80,11 @@ RUNS: dict[str, tuple[float | None, list[str]]] = {
 TOTAL_MINUTES = 25.0  # that the minutes above are of
 PILOT_EPOCHS = 4  # of a speed measurement
 WHOLE_CALL = 0.5  # of a call's minutes; what does not end in so much never will
-USED_SHARE = 0.9  # of a run's minutes for training; the rest is start-up and evaluation
-EVALUATIONS = 8  # in a run
+LEAST_SHARE = 0.5  # of its minutes that a run gets at least
+USED_SHARE = 0.9  # for training, of a run's minutes after its start; the rest is evaluation
+EVALUATIONS = 5  # in a run
 CHECKPOINT_SECONDS = 60  # between checkpoints
-BENCHMARK_SECONDS = 90  # that each part of the benchmark may take
+BENCHMARK_SECONDS = 120  # that each part of the benchmark may take
 MARGIN_SECONDS = 40  # kept back in a call for a last checkpoint and the results
 PART_BYTES = 15 * 2**20  # of weights in one file
 ASKED_TO_LEAVE = (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -90,12 +95,19 @@ class Campaign:
 
     Args:
         args: the flags.
+        plan: the runs in their order, and the minutes of each; None: what is left.
         main: command that runs main_SPQ.py.
         started: when this call began, by time.monotonic().
     """
 
-    def __init__(self, args: argparse.Namespace, main: Sequence[str], started: float) -> None:
-        self.args, self.main, self.started = args, list(main), started
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        plan: Mapping[str, float | None],
+        main: Sequence[str],
+        started: float,
+    ) -> None:
+        self.args, self.plan, self.main, self.started = args, plan, list(main), started
         self.end = started + 60 * args.minutes - args.margin_seconds
         self.path = args.state_dir / "campaign.json"
         self.state: dict = {"used_s": 0.0, "speed": {}, "runs": {}}
@@ -126,6 +138,16 @@ class Campaign:
         """Seconds that all calls have taken."""
         self.save()
         return self.state["used_s"]
+
+    def seconds_of(self, name: str) -> float:
+        """Seconds that a run gets which begins now: as planned, if the plan can still be kept."""
+        left = 60 * self.args.total_minutes - self.used_s()
+        planned = self.plan[name]
+        if planned is None:
+            return left
+        waiting = sum(m or 0 for n, m in self.plan.items() if n not in self.state["runs"])
+        share = min(1.0, left / (60 * waiting))
+        return 60 * planned * max(LEAST_SHARE, share)
 
     def places(self) -> list[str]:
         """Flags that say where every run finds what it needs."""
@@ -158,7 +180,9 @@ class Campaign:
 
     def pilot(self, flags: Sequence[str]) -> dict:
         """A training of four epochs, small crops in the first two if the recipe has any; the second
-        and the fourth count, as the others compile."""
+        and the fourth count, as the others compile. `start_s` is what it took beside its epochs and
+        what they compile."""
+        begun = time.monotonic()
         share = parse_args(spq_parser(), flags).early_share
         folder, seconds = self.args.state_dir / "pilot", self.left()
         command = [*self.main, *flags, *(["--early_share=0.5"] if share else []), *self.places()]
@@ -179,14 +203,19 @@ class Campaign:
             steps = entry["step"] - before["step"]
             spent[math.ceil(entry["epoch"])] += steps * batch / entry["images_per_s"]
         epoch_s = share * spent[2] + (1 - share) * spent[PILOT_EPOCHS]
-        steps = lines[-1]["step"] / PILOT_EPOCHS
-        return {"epoch_s": epoch_s, "steps": steps, "loss": lines[-1]["loss"]}
+        usual = 2 * spent[2] + 2 * spent[PILOT_EPOCHS]
+        return {
+            "epoch_s": epoch_s,
+            "start_s": max(0.0, time.monotonic() - begun - usual),
+            "steps": lines[-1]["step"] / PILOT_EPOCHS,
+            "loss": lines[-1]["loss"],
+        }
 
     def benchmark(self) -> None:
         """benchmark_training.py: the released loop beside ours, a step's profile, peak memory."""
         found = self.state.setdefault("benchmark", {})
         for part, flags in BENCHMARKS.items():
-            if part in found:
+            if part in found and not (self.args.retry and "error" in found[part]):
                 continue
             log, seconds = self.args.state_dir / f"benchmark_{part}.log", self.left()
             log.unlink(missing_ok=True)
@@ -204,7 +233,7 @@ class Campaign:
 
     # --- runs -----------------------------------------------------------------------------------
 
-    def train(self, name: str, minutes: float | None, flags: Sequence[str]) -> None:
+    def train(self, name: str, flags: Sequence[str]) -> None:
         """Go on with a run, or begin it; its length is fixed at the beginning."""
         run = self.state["runs"].get(name)
         if run is None:
@@ -212,11 +241,12 @@ class Campaign:
             best = min(
                 (s for s in speed if "epoch_s" in speed[s]), key=lambda s: speed[s]["epoch_s"]
             )
-            seconds = 60 * (minutes or self.args.total_minutes) - (0 if minutes else self.used_s())
+            seconds = self.seconds_of(name)
             if seconds < self.args.start_seconds:
                 print(f"{name}: --total_minutes={self.args.total_minutes:g} are used up")
                 return
-            epochs = max(1, int(USED_SHARE * seconds / speed[best]["epoch_s"]))
+            seconds = USED_SHARE * (seconds - speed[best]["start_s"])
+            epochs = max(1, int(seconds / speed[best]["epoch_s"]))
             every = CHECKPOINT_SECONDS * speed[best]["steps"] / speed[best]["epoch_s"]
             words = [*flags, *best.split(), f"--checkpoint_every={max(1, round(every))}"]
             words += [f"--epochs={epochs}", f"--eval_epoch={max(1, epochs // EVALUATIONS)}"]
@@ -250,7 +280,9 @@ class Campaign:
         print(f"\n{shlex.join(command)}", flush=True)
         with log.open("a") as file:
             print(shlex.join(command), file=file, flush=True)
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(  # a session of its own: Ctrl-C reaches it through us, once
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
@@ -265,13 +297,13 @@ class Campaign:
         return code, tail
 
     def end_process(self, process: subprocess.Popen) -> None:
-        """Ask it to leave; later kill it."""
+        """Ask it to leave; later kill it, and whatever it has started."""
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(self.args.margin_seconds / 2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     # --- results --------------------------------------------------------------------------------
 
@@ -305,7 +337,7 @@ class Campaign:
 
 
 def keep_weights(source: Path, target: Path) -> None:
-    """A run's weights as model.pt, or in parts (`cat model.pt.part* > model.pt`) if it is large.
+    """A run's weights as model.pt, or in parts (model.pt.part00 and so on) if it is large.
 
     Matrices are rounded to bfloat16, which moves a code here and there; codebooks, biases and batch
     norm stay float32.
@@ -342,7 +374,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag("--benchmark", type=shlex.split, default=[], help="flags of benchmark_training.py")
     flag("--margin_seconds", type=positive, default=MARGIN_SECONDS, help="kept back in a call")
     flag("--start_seconds", type=positive, default=30.0, help="least time to begin anything in")
-    flag("--retry", action=BooleanFlag, default=False, help="go on with runs that failed")
+    flag("--retry", action=BooleanFlag, default=False, help="try again what failed")
     flag("--dry_run", action=BooleanFlag, default=False, help="print the plan, and do nothing")
     args = parser.parse_args(argv)
     unknown = set(args.only.split(",")) - RUNS.keys()
@@ -373,28 +405,31 @@ def main(argv: Sequence[str] | None = None, main_command: Sequence[str] = MAIN) 
         raise UserError("torch sees no CUDA GPU here; --device=cpu trains without one")
     args.state_dir.mkdir(parents=True, exist_ok=True)
     started = STARTED if argv is None else time.monotonic()
-    before = signal.signal(signal.SIGTERM, leave)
+    ends = [signal.SIGTERM, signal.SIGHUP]  # SIGHUP: the terminal is gone; nohup ignores it
+    ends = [number for number in ends if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in ends}
     try:
         with FileLock(args.state_dir / "lock", timeout=0):
-            work(Campaign(args, main_command, started), names, plan)
+            work(Campaign(args, plan, main_command, started))
     except Timeout:
         raise UserError(f"--state_dir={args.state_dir}: another campaign works there") from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """On SIGTERM: through the `except` of `Campaign.call`, which ends what runs."""
+    """On a signal: through the `except` of `Campaign.call`, which ends what runs."""
     raise SystemExit(128 + number)
 
 
-def work(campaign: Campaign, names: Sequence[str], plan: Mapping[str, float | None]) -> None:
+def work(campaign: Campaign) -> None:
     """Everything in turn, as far as the time goes.
 
     Raises:
         TrainingStopped: with exit code 75 if work is left, 1 if a run failed.
     """
-    args, runs = campaign.args, campaign.state["runs"]
+    args, runs, names = campaign.args, campaign.state["runs"], list(campaign.plan)
     for run in runs.values():
         if args.retry and run["status"] == "failed":
             run["status"] = "begun"
@@ -404,9 +439,9 @@ def work(campaign: Campaign, names: Sequence[str], plan: Mapping[str, float | No
     if "released" in names:
         campaign.measure("released", RUNS["released"][1])
     campaign.benchmark()
-    for name, minutes in plan.items():
+    for name in names:
         if runs.get(name, {}).get("status") != "failed":
-            campaign.train(name, minutes, RUNS[name][1])
+            campaign.train(name, RUNS[name][1])
     campaign.publish()
     failed = [n for n in names if runs.get(n, {}).get("status") == "failed"]
     if failed:

@@ -49,7 +49,7 @@ def begin(tmp_path, **known):
     (tmp_path / "state" / "campaign.json").write_text(json.dumps(state))
 
 
-SPEED = {"": {"epoch_s": 5.0, "steps": 15, "loss": 3.0}}
+SPEED = {"": {"epoch_s": 5.0, "start_s": 4.0, "steps": 15, "loss": 3.0}}
 
 
 def state_of(tmp_path):
@@ -144,9 +144,64 @@ def test_speed_is_that_of_both_crops_without_what_compiles(call, tmp_path):
     plain, free, graph, wrong = state_of(tmp_path)["speed"]["fast"].values()
     # 0.6 of the steps take 2 s for 20 images, 0.4 take 4 s
     assert plain["epoch_s"] == free["epoch_s"] == pytest.approx(0.6 * 2 + 0.4 * 4)
+    assert plain["start_s"] == 0.0  # the log claims more time than has passed
     assert (plain["steps"], plain["loss"]) == (2, 3.0)
     assert graph["epoch_s"] == pytest.approx(1)
     assert wrong == {"error": "loss 9.0 and not 3.0"}  # fast, but it trains something else
+
+
+PLAN = {"32bits": 8.0, "16bits": 4.5, "64bits": 4.5, "released": None}
+
+
+@pytest.mark.parametrize(
+    ("used_min", "begun", "name", "minutes"),
+    [
+        (4, [], "32bits", 8),
+        (4, [], "released", 21),
+        (16.5, [], "32bits", 4),  # 8.5 minutes are left for 17: half of each
+        (16.5, ["32bits"], "16bits", 4.25),  # 8.5 for 9
+        (24, [], "32bits", 4),  # never less than half
+        (24, ["32bits", "16bits", "64bits"], "released", 1),
+    ],
+)
+def test_runs_share_what_measuring_has_left_of_the_minutes(
+    used_min, begun, name, minutes, tmp_path
+):
+    begin(tmp_path, used_s=60 * used_min, runs={n: {"status": "done"} for n in begun})
+    args = campaign.parse([f"--state_dir={tmp_path / 'state'}"])
+    found = campaign.Campaign(args, PLAN, [], time.monotonic()).seconds_of(name)
+    assert found == pytest.approx(60 * minutes, abs=0.5)
+
+
+def test_a_run_is_as_long_as_its_minutes_without_its_start(call, tmp_path, monkeypatch):
+    begin(tmp_path, speed={"fast": {"": {"epoch_s": 5.0, "start_s": 60.0, "steps": 9}}})
+    asked = []
+    monkeypatch.setattr(campaign.Campaign, "call", lambda self, *_: asked.append(self) or (1, ""))
+    assert call("--only=16bits", "--total_minutes=25") == 1
+    flags = state_of(tmp_path)["runs"]["16bits"]["flags"]
+    # 0.9 of 4.5 minutes without one, 5 s each: 37.8
+    assert "--epochs=37" in flags
+    assert "--eval_epoch=7" in flags
+    assert len(asked) == 1
+
+
+def test_a_failed_part_of_the_benchmark_is_tried_again_when_asked(call, tmp_path, monkeypatch):
+    parts = {"epoch": {"error": "too slow"}, "profile": {"step_s": 1.0}, "memory": []}
+    runs = {"32bits": {"status": "done", "flags": []}}
+    begin(tmp_path, speed={"fast": SPEED}, benchmark=parts, runs=runs)
+    tried = []
+
+    def fake(self, command, log, seconds):
+        tried.append(command[2])
+        log.write_text('\n{\n  "epoch": {"plain": 1}\n}\n')
+        return 0, ""
+
+    monkeypatch.setattr(campaign.Campaign, "call", fake)
+    assert call("--only=32bits") == 0
+    assert tried == []
+    assert call("--only=32bits", "--retry") == 0
+    assert tried == ["--part=epoch"]
+    assert state_of(tmp_path)["benchmark"]["epoch"] == {"plain": 1}
 
 
 def test_what_never_ends_in_a_call_is_an_error_and_time_has_an_end(call, tmp_path, capsys):
@@ -161,11 +216,22 @@ def test_what_never_ends_in_a_call_is_an_error_and_time_has_an_end(call, tmp_pat
     assert "released: --total_minutes=25 are used up" in capsys.readouterr().out
 
 
+def running(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_campaign_that_is_asked_to_leave_takes_its_training_along(small_files, tmp_path):
     script = tmp_path / "main.py"
     script.write_text(
-        "import os, pathlib, time\n"
-        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "import os, pathlib, subprocess, sys, time\n"
+        "helper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"file = pathlib.Path({str(tmp_path / 'pid')!r})\n"
+        "file.with_name('new').write_text(f'{os.getpid()} {helper.pid} {os.getpgrp()}')\n"
+        "file.with_name('new').rename(file)\n"
         "time.sleep(60)"
     )
     begin(tmp_path, speed={"fast": SPEED})
@@ -176,19 +242,22 @@ def test_a_campaign_that_is_asked_to_leave_takes_its_training_along(small_files,
     words = [f"--state_dir={tmp_path / 'state'}", f"--output_dir={tmp_path / 'out'}"]
     words += ["--only=32bits", "--device=cpu", f"--data_dir={small_files}"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+    while not (tmp_path / "pid").exists():
         assert process.poll() is None
         time.sleep(0.1)
     with pytest.raises(UserError, match="another campaign works there"):
         campaign.main(words)
     process.terminate()
     assert process.wait(60) == 143
+    training, helper, group = map(int, (tmp_path / "pid").read_text().split())
+    assert group == training  # its own: Ctrl-C on the campaign does not reach it twice
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(training, 0)
+    assert not running(helper)
     assert state_of(tmp_path)["runs"]["32bits"]["status"] == "begun"  # to be gone on with
 
 
-def test_large_weights_come_in_parts_that_cat_joins(finished, tmp_path, monkeypatch):
+def test_large_weights_come_in_parts_that_are_read_as_one(finished, tmp_path, monkeypatch):
     campaign.keep_weights(finished, tmp_path)
     whole = (tmp_path / "model.pt").read_bytes()
     monkeypatch.setattr(campaign, "PART_BYTES", 100_000)
@@ -197,7 +266,12 @@ def test_large_weights_come_in_parts_that_cat_joins(finished, tmp_path, monkeypa
     parts = sorted(tmp_path.glob("model.pt.part*"))
     assert len(parts) == -(-len(whole) // 100_000) > 1
     assert len(b"".join(part.read_bytes() for part in parts)) == len(whole)
-    subprocess.run("cat model.pt.part* > model.pt", shell=True, cwd=tmp_path, check=True)
+    for place in (tmp_path, tmp_path / "model.pt"):
+        assert load_trained(place).identity
+    (second := parts[1]).rename(tmp_path / "aside")
+    with pytest.raises(UserError, match="damaged"):
+        load_trained(tmp_path)
+    (tmp_path / "aside").rename(second)
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8).float() / 255
     kept, original = (load_trained(f).model.encode(images) for f in (tmp_path, finished))
     assert (kept == original).float().mean() > 0.9  # near-ties between codewords may turn
