@@ -21,14 +21,18 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from args import parse_args, spq_parser
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.figures import COLUMN, PRINT, save
-from utils.logging import read_metrics
+from utils.logging import plain, read_metrics
 from utils.setup import FREE_FLAGS
 
 # colours and signs of the groups, told apart in grey print too
 STYLES = [("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#666666", "v")]
+
+# what the figures of two runs must have in common to be set side by side
+ASKED = ("Top_N", "limit_query", "limit_db", "dataset")
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,14 @@ class Point:
 
 
 def read_run(folder: Path) -> tuple[dict, list[Point]]:
-    """A run's flags and evaluations.
+    """A run's flags, those of its last part if it was resumed, and its evaluations.
 
     Raises:
         UserError: if the folder is not that of a run, or nothing was evaluated in it.
     """
     try:
-        args = json.loads((folder / "args.json").read_text())["args"]
+        account = json.loads((folder / "args.json").read_text())
+        args = [account, *account.get("resumed", [])][-1]["args"]
         entries = read_metrics(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: is not the folder of a run ({error})") from error
@@ -82,18 +87,33 @@ def spread(values: Sequence[float]) -> str:
 
 
 def check_comparable(groups: Mapping[str, list[tuple[dict, list[Point]]]]) -> None:
-    """Runs of a group may differ in their seed, all runs in anything but --Top_N.
+    """Runs of a group may differ in their seed, all runs in anything but what is asked of them.
+
+    A flag that an older run does not know counts as its default.
 
     Raises:
         UserError: if they differ in more.
     """
-    if len({args["Top_N"] for runs in groups.values() for args, _ in runs}) > 1:
-        raise UserError("--group: runs with different --Top_N cannot be compared")
-    for group, ((first, _), *others) in groups.items():
-        names = first.keys() - FREE_FLAGS - {"seed", "given"}
-        changed = {n for args, _ in others for n in names if args.get(n) != first[n]}
+    defaults = plain(parse_args(spq_parser(), []))
+    flags = {group: [defaults | as_now(args) for args, _ in runs] for group, runs in groups.items()}
+    for name in ASKED:
+        values = {repr(args[name]) for runs in flags.values() for args in runs}
+        if len(values) > 1:
+            told = " and ".join(sorted(values))
+            raise UserError(f"--group: runs with different --{name} ({told}) cannot be compared")
+    for group, runs in flags.items():
+        names = set().union(*runs) - FREE_FLAGS - {"seed", "given"}
+        changed = {n for args in runs for n in names if args.get(n) != runs[0].get(n)}
         if changed:
             raise UserError(f"--group {group}: its runs differ in {', '.join(sorted(changed))}")
+
+
+def as_now(args: Mapping) -> dict:
+    """Flags of a run under the names that they have now."""
+    now = dict(args)
+    if now.pop("freeze_bn", False):  # from the first evaluation on
+        now["freeze_bn_epoch"] = now["eval_epoch"]
+    return now
 
 
 def table(groups: Mapping[str, list[tuple[dict, list[Point]]]], at_minutes: float | None) -> str:

@@ -89,3 +89,28 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         compare.main(["--group", "a", one, two, three, out])
     with pytest.raises(UserError, match="different --Top_N"):
         compare.main(["--group", "a", one, "--group", "b", four, out])
+    few = str(write_run(tmp_path / "5", [0.2, 0.3], limit_db=1000))
+    with pytest.raises(UserError, match=r"different --limit_db \(1000 and None\)"):
+        compare.main(["--group", "a", one, few, out])
+
+
+def test_runs_of_older_code_and_resumed_ones_are_known_by_what_they_did(tmp_path):
+    new, old, frozen, resumed = (
+        write_run(tmp_path / name, [0.2, 0.3], **changed)
+        for name, changed in (
+            ("new", {"freeze_bn_epoch": None, "joint_views": False}),
+            ("old", {"freeze_bn": False, "eval_epoch": 5}),  # does not know --joint_views
+            ("frozen", {"freeze_bn": True, "eval_epoch": 5}),
+            ("resumed", {}),
+        )
+    )
+    out = f"--output_dir={tmp_path / 'out'}"
+    for pair in ((new, old), (old, new)):  # whichever comes first
+        compare.main(["--group", "a", *map(str, pair), out])
+    with pytest.raises(UserError, match=r"differ in freeze_bn_epoch$"):
+        compare.main(["--group", "a", str(new), str(frozen), out])
+    account = json.loads((resumed / "args.json").read_text())
+    account["resumed"] = [{"step": 10, "args": account["args"] | {"lr": 0.01}}]
+    (resumed / "args.json").write_text(json.dumps(account))
+    with pytest.raises(UserError, match=r"differ in lr$"):
+        compare.main(["--group", "a", str(new), str(resumed), out])
