@@ -18,19 +18,37 @@ class NoStream:
         pass
 
 
+class Recorder:
+    """CUDA's graphs without a GPU: a step's work is recorded, and done again by replay, on the
+    same memory."""
+
+    def __init__(self):
+        self.events, self.recording = [], None
+
+    def do(self, work):
+        """A kernel: it runs at once, or later and wherever it is replayed."""
+        work() if self.recording is None else self.recording.append(work)
+
+
 @pytest.fixture
 def recorder(monkeypatch):
-    """CUDA's graphs without a GPU: what is recorded is a call that replay makes again."""
-    events = []
+    found = Recorder()
 
     class Graph:
+        def __init__(self):
+            self.work = []
+
         def replay(self):
-            events.append("replay")
+            found.events.append("replay")
+            for work in self.work:
+                work()
 
     @contextmanager
     def recording(graph):
-        events.append("record")
+        found.events.append("record")
+        found.recording = graph.work
         yield
+        found.recording = None
 
     @contextmanager
     def stream(which):
@@ -40,22 +58,31 @@ def recorder(monkeypatch):
         CUDAGraph=Graph, graph=recording, Stream=NoStream, current_stream=NoStream, stream=stream
     )
     monkeypatch.setattr(cuda_graph.torch, "cuda", fake)
-    return events
+    return found
 
 
 def test_each_shape_and_mode_warms_up_and_is_recorded_once(recorder):
     def step(views):
-        recorder.append("step")
-        return views[0].sum()[None]
+        recorder.events.append("step")
+        figures = torch.full((2,), torch.nan)
+
+        def work():
+            figures[0], figures[1] = views[0].sum(), views[1].mean()
+
+        recorder.do(work)
+        return figures
 
     graph = StepGraph(step)
-    small, large = (torch.ones(2, side) for side in (3, 4))
-    for views, mode in (((small, small), True), ((large, large), True), ((large, large), False)):
-        recorder.clear()
-        for _ in range(WARM_UP_STEPS + 3):
-            graph(views, mode)
+    generator = torch.Generator().manual_seed(0)
+    for side, mode in ((3, True), (4, True), (4, False)):
+        recorder.events.clear()
+        views = [torch.rand(2, 5, side, generator=generator) for _ in range(WARM_UP_STEPS + 3)]
+        found = [graph(tuple(pair), mode) for pair in views]
         # recorded once, which does not run it, and replayed for that step and each one after it
-        assert recorder == ["step"] * WARM_UP_STEPS + ["record", "step"] + 3 * ["replay"]
+        assert recorder.events == ["step"] * WARM_UP_STEPS + ["record", "step"] + 3 * ["replay"]
+        # each step saw its own views, and no later one wrote over its figures
+        for (a, b), figures in zip(views, found, strict=True):
+            torch.testing.assert_close(figures, torch.stack([a.sum(), b.mean()]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
