@@ -4,8 +4,5 @@
 # again: it goes on where it was. Further flags go to main_SPQ.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-exec "$PYTHON" main_SPQ.py --if_download --loss=cqc \
-    --width=16 --crop_size=24 --batch_size=64 --epochs=6 --eval_epoch=3 \
-    --lr=2e-3 --warmup_epochs=0.25 --contrastive_temperature=0.2 --soft_quantization_scale=10 \
-    --N_books=8 --N_words=16 \
+exec "$PYTHON" main_SPQ.py --if_download --recipe=fast --width=16 --N_books=8 --N_words=16 \
     --output_dir=runs/quickstart_32bits --resume=auto "$@"

@@ -65,6 +65,7 @@ def test_quickstart_trains_a_narrow_network_at_32_bits(recorded):
     assert code_bits(args) == 32
     assert args.if_download
     assert args.width == 16
+    assert args.recipe == "fast"
     assert args.epochs == 1  # later flags win
     assert args.resume == "auto"
 
