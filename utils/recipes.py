@@ -19,6 +19,8 @@ RECIPES: dict[str, dict] = {
         "loss": "cqc",
         "contrastive_temperature": 0.2,
         "optimizer": "muon",
+        "lr": 2e-3,
+        "warmup_epochs": 0.25,
         "augmentation": "batched",
         "crop_size": 24,
         "early_crop_size": 16,
