@@ -1,7 +1,7 @@
 """Every picture of a paper from a run's folder, as PNG and SVG, with the numbers drawn.
 
-    python scripts/make_figures.py runs/cpu15min_32bits
-    python scripts/make_figures.py runs/cpu15min_32bits --only=tsne,codeword_usage
+    python scripts/make_figures.py runs/quickstart_32bits
+    python scripts/make_figures.py runs/quickstart_32bits --only=tsne,codeword_usage
 
 1.6 minutes on 2 cores for a network of width 16 and all of CIFAR-10. `figures.json` beside the
 pictures has their numbers.
