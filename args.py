@@ -11,7 +11,9 @@ from pathlib import Path
 
 from data.augment import AUGMENTATIONS
 from data.images import MAX_PIXELS
-from models import QUANTIZERS, TRUNKS
+from data.splits import DATASETS, PROTOCOL_HELP, PROTOCOLS, TOP_N, UNLABELLED
+from models import QUANTIZERS
+from models.trunks import OWN, STEMS, check_arch, default_stem
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
 from utils.optimizers import OPTIMIZERS
 from utils.recipes import RECIPE_INPUT_SIZE, RECIPES
@@ -33,8 +35,7 @@ def spq_parser() -> Parser:
     """The parser of main_SPQ.py."""
     parser = Parser(
         prog="main_SPQ.py",
-        description="Self-supervised Product Quantization (ICCV 2021) on CIFAR-10: train, "
-        "evaluate, resume.",
+        description="Self-supervised Product Quantization (ICCV 2021): train, evaluate, resume.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
@@ -89,55 +90,102 @@ def add_data_flags(parser: Parser) -> None:
     flag = group.add_argument
     flag(
         "--dataset",
-        choices=("cifar10", "folder"),
+        choices=DATASETS,
         default="cifar10",
-        help="cifar10: the benchmark; folder: your own images, all below --data_dir, trained on "
-        "without labels and so without mAP",
+        help="folder: your own images, all below --data_dir, trained on without labels; lists: "
+        "train.txt, test.txt (the queries) and database.txt in --data_dir, lines of a path and its "
+        "labels; README tells what the others need",
     )
     flag(
         "--data_dir",
         type=Path,
         default=Path("./datasets"),
         metavar="DIR",
-        help="cifar10: folder with cifar-10-batches-bin or cifar-10-batches-py; folder: the images",
+        help="where the set is; README tells which files it needs there",
+    )
+    flag(
+        "--image_dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder that the paths in lists are relative to (default: --data_dir)",
     )
     flag(
         "--if_download",
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="fetch CIFAR-10 into --data_dir if it is not complete there",
+        help="fetch CIFAR-10 or CIFAR-100 into --data_dir if it is not complete there",
+    )
+    flag(
+        "--protocol",
+        default=None,
+        metavar="NAME",
+        help=f"which images are trained on, queries and database. {PROTOCOL_HELP} (default: the "
+        "first named, the paper's)",
+    )
+    flag(
+        "--split",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="the very split that `python -m data.splits make` wrote (default: --protocol makes "
+        "it)",
+    )
+    flag(
+        "--split_seed",
+        type=number(int, 0, high=2**31 - 1),
+        default=0,
+        metavar="N",
+        help="of what a protocol draws at random; apart from --seed, so that seeds of the training "
+        "share a split",
+    )
+    flag(
+        "--skip_missing",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="leave out images that are missing or damaged, and say how many with the result; "
+        "without, they stop the run",
+    )
+    flag(
+        "--cache_dir",
+        type=Path,
+        default=Path("./cache"),
+        metavar="DIR",
+        help="where images are kept as decoded and resized, and features of a frozen trunk; may be "
+        "deleted at any time",
     )
     flag(
         "--num_workers",
         type=count,
-        default=4,
+        default=0,
         metavar="N",
-        help="loader processes for sets that stream from disk; CIFAR-10 lives on the training "
-        "device and uses none",
+        help="threads that decode images, once, into --cache_dir; 0: one a core",
     )
     flag(
         "--input_size",
         type=number(int, 8, high=1024),
-        default=32,
+        default=None,
         metavar="PIXELS",
         help="side of the images that are encoded and, unless --crop_size says otherwise, of the "
-        "crops that are trained on",
+        "crops that are trained on (default: 32 for CIFAR, 64 for all others, the papers' sizes)",
     )
     flag(
         "--num_cls",
         type=positive_int,
-        default=10,
+        default=None,
         metavar="N",
-        help="classes of the data set; labels are only checked and scored with, never trained on",
+        help="classes that the data set may have; labels are only scored with, never trained on "
+        "(default: as many as there are)",
     )
     flag(
         "--validate",
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="choose settings without the test images: train on the first 45,000 images, search "
-        "among them, and ask the other 5,000",
+        help="choose settings without the queries of the split: a tenth of the training images "
+        "are queries instead, neither trained on nor in the database (CIFAR: the last 5,000)",
     )
     flag(
         "--limit_train",
@@ -166,13 +214,56 @@ def add_model_flags(parser: Parser) -> None:
     """Trunk and quantizer."""
     group = parser.add_argument_group("model")
     flag = group.add_argument
-    flag("--arch", choices=sorted(TRUNKS), default="resnet18", help="trunk")
+    flag(
+        "--arch",
+        default="resnet18",
+        metavar="NAME",
+        help="trunk: resnet18, or any model of timm, resnet50 for one",
+    )
+    flag(
+        "--stem",
+        choices=STEMS,
+        default=None,
+        help="how a ResNet begins. cifar: a 3x3 convolution, for images of 32 to 64 pixels; "
+        "imagenet: 7x7 with stride 2 and a max-pool (default: cifar for resnet18, else imagenet)",
+    )
     flag(
         "--width",
         type=positive_int,
         default=64,
         metavar="CHANNELS",
-        help="channels of the trunk's first stage; 64 is the published network, 16 suits a CPU",
+        help="channels of resnet18's first stage; 64 is the published network, 16 suits a CPU",
+    )
+    flag(
+        "--pretrained",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="start from published weights (SPQ-S): timm fetches them; those of "
+        "tf_efficientnet_lite0 come with requirements.txt",
+    )
+    flag(
+        "--weights",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="start from the weights in this file: .safetensors, .pth or a checkpoint of this "
+        "project",
+    )
+    flag(
+        "--freeze_trunk",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="train head and codebooks only",
+    )
+    flag(
+        "--cached_views",
+        type=count,
+        default=0,
+        metavar="N",
+        help="with --freeze_trunk: so many random views of each image go through the trunk, once, "
+        "and each step takes two of them; 8 is usual. 0: new views at each step",
     )
     flag(
         "--N_books",
@@ -433,9 +524,9 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag(
         "--Top_N",
         type=positive_int,
-        default=1000,
+        default=None,
         metavar="N",
-        help="the N of mAP@N: 1000 for CIFAR-10, 5000 for FLICKR25K and NUS-WIDE",
+        help="the N of mAP@N (default: 5000 for FLICKR25K and NUS-WIDE, 1000 for all others)",
     )
     flag(
         "--distance",
@@ -521,12 +612,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     unset = argparse.Namespace(**dict.fromkeys(vars(args), _UNSET))
     said = vars(parser.parse_args(words, unset)).items()
     args.given = frozenset(name for name, value in said if value is not _UNSET)
+    _resolve_data(parser, args)
+    _resolve_model(parser, args)
     if args.eval_only and args.resume is None:
         parser.error("--eval_only: needs --resume, a checkpoint or auto")
-    if args.eval_only and args.dataset == "folder":
-        parser.error("--eval_only: a folder has no labels to evaluate with; allowed is cifar10")
-    if args.dataset == "folder" and "data_dir" not in args.given:
-        parser.error("--dataset=folder: needs --data_dir, the folder of images")
     if args.resume == "":
         parser.error("--resume=: is empty; allowed are a checkpoint, its folder, and auto")
     if args.warmup_epochs and args.lr_schedule == "released":
@@ -549,8 +638,6 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         parser.error("--early_share: does nothing without --early_crop_size, 16 for one")
     if "muon_lr" in args.given and args.optimizer != "muon":
         parser.error(f"--muon_lr: does nothing with --optimizer={args.optimizer}; allowed is muon")
-    if args.validate and args.dataset == "folder":
-        parser.error("--validate: a folder has no labels to score with; allowed is cifar10")
     if args.warmup_epochs > args.epochs:
         parser.error(
             f"--warmup_epochs={args.warmup_epochs:g}: must be at most --epochs={args.epochs}"
@@ -567,6 +654,60 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         method = parser.prog.removeprefix("main_").removesuffix(".py")
         args.output_dir = Path("runs") / f"{method}_{args.dataset}_{code_bits(args)}bits"
     return args
+
+
+def _resolve_data(parser: Parser, args: argparse.Namespace) -> None:
+    """What depends on --dataset."""
+    name = args.dataset
+    is_cifar = name.startswith("cifar")
+    if not is_cifar and "data_dir" not in args.given:
+        parser.error(f"--dataset={name}: needs --data_dir, the folder that it is in")
+    known = PROTOCOLS[name]
+    if args.protocol is not None and args.split is not None:
+        parser.error("--protocol: contradicts --split, which is of one already")
+    if args.protocol not in (None, *known):
+        parser.error(f"--protocol={args.protocol}: {name} has {', '.join(known)}")
+    if args.protocol is None and args.split is None:
+        args.protocol = known[0]
+    if args.protocol == UNLABELLED:
+        for flag in ("eval_only", "validate"):
+            if getattr(args, flag):
+                parser.error(
+                    f"--{flag}: a folder has no labels to score with; with a folder for each class "
+                    "pass --protocol=class-folders"
+                )
+    if args.input_size is None:
+        args.input_size = 32 if is_cifar else 64
+    if args.Top_N is None:
+        args.Top_N = TOP_N.get(name, 1000)
+
+
+def _resolve_model(parser: Parser, args: argparse.Namespace) -> None:
+    """What depends on --arch."""
+    if args.arch not in OWN:
+        try:
+            check_arch(args.arch)
+        except ValueError as error:
+            parser.error(f"--arch: {error}")
+    if args.stem is None:
+        args.stem = default_stem(args.arch)
+    own = args.arch in OWN and args.stem == "cifar"
+    if args.width != 64 and not own:
+        parser.error(
+            f"--width={args.width}: --arch={args.arch} --stem={args.stem} has one width; leave it "
+            "away, or take --arch=resnet18 --stem=cifar"
+        )
+    if args.pretrained and args.weights is not None:
+        parser.error("--weights: contradicts --pretrained; allowed is one of them")
+    if args.freeze_trunk and not (args.pretrained or args.weights or args.resume):
+        parser.error(
+            "--freeze_trunk: a trunk without weights would stay as it was drawn; add --pretrained "
+            "or --weights"
+        )
+    if args.cached_views and not args.freeze_trunk:
+        parser.error("--cached_views: a trunk that learns has no features to keep; --freeze_trunk")
+    if args.cached_views == 1:
+        parser.error("--cached_views=1: a step takes two different ones; allowed are 0, 2 and more")
 
 
 # --- search.py ----------------------------------------------------------------------------------

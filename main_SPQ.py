@@ -6,25 +6,22 @@ Two random views of each image; descriptors x of one view are compared with soft
 descriptors z of the other, so trunk and codebooks learn together and without labels.
 """
 
-from argparse import Namespace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from args import parse_args, spq_parser
-from data.augment import AUGMENTATIONS
-from data.batches import DeviceBatches, ViewBatches, batches_ahead
-from data.cifar10 import CLASSES, hold_out, load_cifar10
-from data.folder import load_folder
+from data.datasets import Images, load_dataset
+from data.views import kept_views, random_views
 from losses import contrastive_loss, cqc_loss
 from models import build_spq
 from utils.cli import run_main
-from utils.distributed import Ranks
 from utils.evaluation import RetrievalEvaluation
 from utils.loop import Trainer
+from utils.pretrained import start_trunk
 from utils.report import report
-from utils.setup import start_run
+from utils.setup import Run, start_run
 
 LOSSES = {
     "cqc": partial(cqc_loss, variant="released"),
@@ -38,55 +35,27 @@ def main(argv: list[str] | None = None) -> None:
     run = start_run("SPQ", parse_args(spq_parser(), argv))
     args = run.args
 
+    data = load_dataset(args, run.device)
+    run.tell_data(data.split, data.left_out)
     evaluate = None
-    if args.dataset == "folder":  # no labels: nothing to evaluate with
-        images = load_folder(args.data_dir, args.input_size)
-    else:  # CIFAR-10's protocol: the training images are the database, the test images the queries
-        train, test = load_cifar10(args.data_dir, download=args.if_download)
-        run.check_labels(train.labels, test.labels)
-        if args.validate:  # settings are chosen without a look at the test images
-            train, test = hold_out(train)
-        images = train.images
-        db = (train.images[: args.limit_db], train.labels[: args.limit_db])
-        query = (test.images[: args.limit_query], test.labels[: args.limit_query])
-        evaluate = RetrievalEvaluation(query, db, args.input_size, args.Top_N, args.distance)
-
-    images = images[: args.limit_train].to(run.device)
-    trainer = build_trainer(args, images, evaluate, run.ranks, run.checkpoint)
+    if data.query is not None:  # labels are scored with, never trained on
+        evaluate = RetrievalEvaluation(
+            data.query, data.db, args.input_size, args.Top_N, args.distance
+        )
+    trainer = build_trainer(run, data.train, evaluate)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
-    report(run, trainer, metrics, CLASSES)
+    report(run, trainer, metrics, data.classes, data.left_out)
 
 
-def build_trainer(
-    args: Namespace,
-    images: Tensor,
-    evaluate: RetrievalEvaluation | None,
-    ranks: Ranks,
-    checkpoint: dict | None = None,
-) -> Trainer:
+def build_trainer(run: Run, images: Images, evaluate: RetrievalEvaluation | None) -> Trainer:
     """The method: two random views, one network, descriptors of one against z of the other.
 
     Args:
-        args: flags, with `amp` resolved.
-        images: training set (N, 3, H, W) uint8, on the device.
+        run: flags, device, processes, and the checkpoint to go on from.
+        images: training set (N, 3, H, W) uint8.
         evaluate: what mAP is computed by; None without labels.
-        ranks: this process among the others.
-        checkpoint: state to go on from.
     """
-    device = images.device
-    batches = DeviceBatches(images, args.batch_size, args.seed, ranks)
-    early_steps = round(args.early_share * args.epochs * len(batches))
-
-    early, late = (
-        AUGMENTATIONS[args.augmentation](size, args.crop_min_area, args.jitter_strength).to(device)
-        for size in (args.early_crop_size, args.crop_size)
-    )
-
-    def augments_at(step: int) -> list[nn.Module]:  # one for each view
-        return 2 * [early if step < early_steps else late]
-
-    ahead = batches_ahead(device, 2 * args.batch_size, args.crop_size)
-    batches = ViewBatches(batches, augments_at, args.seed, ahead)
+    args, ranks, device = run.args, run.ranks, run.device
 
     # channels_last is the faster layout, but on a CPU not for odd numbers of channels
     layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
@@ -98,7 +67,17 @@ def build_trainer(
         K=args.N_words,
         d=args.L_word,
         alpha=args.soft_quantization_scale,
-    ).to(device, memory_format=layout)
+        stem=args.stem,
+        input_size=args.input_size,
+    )
+    start_trunk(model.trunk, run)
+    model = model.to(device, memory_format=layout)
+    if args.freeze_trunk:
+        model.freeze_trunk()
+    if args.cached_views:
+        batches = kept_views(args, images, evaluate, model, ranks)
+    else:
+        batches = random_views(args, images, ranks, device)
     if args.compile:
         model.trunk.compile(dynamic=False)
     criterion = LOSSES[args.loss]
@@ -113,7 +92,7 @@ def build_trainer(
     def loss_of(x_a: Tensor, x_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
         return criterion(x_a, x_b, z_a, z_b, tau=args.contrastive_temperature)
 
-    return Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, checkpoint)
+    return Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, run.checkpoint)
 
 
 if __name__ == "__main__":

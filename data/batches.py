@@ -1,11 +1,13 @@
-"""Batches of a set that sits on the training device: no copies, no workers."""
+"""Batches: of a set on the training device without copies, of a larger one read ahead."""
 
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from data.store import RowStore
 from utils.distributed import Ranks
 from utils.errors import UserError
 
@@ -15,49 +17,78 @@ AHEAD, AHEAD_BYTES = 8, 2**28
 
 
 class DeviceBatches:
-    """Shuffled batches of uint8 images that live on the device.
+    """Shuffled batches of rows (images, or features) on the device.
 
     The order of an epoch depends on the seed and the epoch alone, so any step can be drawn again
     after a resume. The last incomplete batch is dropped. With several ranks each gets its slice
-    of the same global batch.
+    of the same global batch. Rows that are on the device already are only indexed there; while a
+    batch of others is trained on, a thread reads the next one.
 
     Args:
-        images: (N, 3, H, W) uint8, on the device.
-        batch_size: images of the global batch.
+        rows: (N, ...) on the device, in memory or on disk; images (N, 3, H, W) uint8.
+        batch_size: rows of the global batch.
         seed: of the order.
         ranks: this process among the others.
+        device: that batches are wanted on; None: where the rows are.
     Raises:
         UserError: if the batch is larger than the set, or cannot be shared out evenly.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, ranks: Ranks) -> None:
-        if batch_size > len(images):
+    def __init__(
+        self,
+        rows: Tensor | RowStore,
+        batch_size: int,
+        seed: int,
+        ranks: Ranks,
+        device: torch.device | None = None,
+    ) -> None:
+        if batch_size > len(rows):
             raise UserError(
                 f"--batch_size={batch_size}: is larger than the training set; allowed are 2 to "
-                f"{len(images)}"
+                f"{len(rows)}"
             )
         if batch_size % ranks.world_size:
             raise UserError(
                 f"--batch_size={batch_size}: must be a multiple of the {ranks.world_size} processes"
             )
-        self.images, self.batch_size, self.seed, self.ranks = images, batch_size, seed, ranks
+        self.rows, self.batch_size, self.seed, self.ranks = rows, batch_size, seed, ranks
+        self.home = rows.device if isinstance(rows, Tensor) else None
+        self.device = device or self.home or torch.device("cpu")
         self._order: tuple[int, Tensor] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self.images) // self.batch_size
+        return len(self.rows) // self.batch_size
 
     def batch(self, step: int) -> Tensor:
-        """This rank's images of the batch at `step`, counted from 0 over the whole training."""
+        """This rank's rows of the batch at `step`, counted from 0 over the whole training."""
+        if self.home == self.device:
+            return self.rows[self.chosen(step)]
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        ready = self._ahead is not None and self._ahead[0] == step
+        found = self._ahead[1] if ready else self._reader.submit(self._read, self.chosen(step))
+        batch = found.result()
+        self._ahead = (step + 1, self._reader.submit(self._read, self.chosen(step + 1)))
+        return batch.to(self.device, non_blocking=True)
+
+    def chosen(self, step: int) -> Tensor:
+        """Which rows those are, (B,) int64."""
         epoch, i = divmod(step, len(self))
         if self._order is None or self._order[0] != epoch:
             # torch's generator heeds the low 32 bits of a seed only
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**32)
-            order = torch.randperm(len(self.images), generator=generator)
-            self._order = (epoch, order.to(self.images.device))
+            order = torch.randperm(len(self.rows), generator=generator)
+            self._order = (epoch, order.to(self.home or "cpu"))
         share = self.batch_size // self.ranks.world_size
         start = i * self.batch_size + self.ranks.rank * share
-        return self.images[self._order[1][start : start + share]]
+        return self._order[1][start : start + share]
+
+    def _read(self, which: Tensor) -> Tensor:
+        rows = self.rows[which]
+        return rows.pin_memory() if self.device.type == "cuda" else rows
 
 
 class ViewBatches:
@@ -112,3 +143,30 @@ def batches_ahead(device: torch.device, views: int, side: int) -> int:
     if device.type != "cuda":
         return 1
     return max(1, min(AHEAD, AHEAD_BYTES // (views * 3 * 4 * side**2)))
+
+
+class CachedViewBatches:
+    """Two views of shuffled batches, drawn from views that were made before.
+
+    Args:
+        batches: of rows (V, F): the features of V views of an image.
+        seed: of the choice, which depends on it, the step and the rank alone.
+    """
+
+    def __init__(self, batches: DeviceBatches, seed: int) -> None:
+        self.batches, self.seed = batches, seed
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.batches)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Features of two different views of each image at `step`, (B, F) float32 each."""
+        rows = self.batches.batch(step)  # (B, V, F)
+        B, V, _ = rows.shape
+        key = f"{self.seed} {self.batches.ranks.rank} {step} cached"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        first = torch.randint(V, (B,), generator=generator)
+        second = (first + torch.randint(1, V, (B,), generator=generator)) % V
+        image = torch.arange(B, device=rows.device)
+        return tuple(rows[image, view.to(rows.device)].float() for view in (first, second))

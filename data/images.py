@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from data.cifar10 import load_cifar10
@@ -23,6 +24,10 @@ EXTENSIONS = (
 )
 CIFAR10_NAME = "cifar10"
 
+try:  # torchvision means to hand its decoders over to torchcodec; Pillow does without
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 try:  # phones write HEIC; Pillow reads it with this package
     import pillow_heif
 
@@ -32,6 +37,7 @@ except ImportError:
 # read_image has a stricter limit of its own, and damaged EXIF data harms no picture
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
 
 
 class ImageError(Exception):
@@ -73,6 +79,9 @@ def read_image(
                 )
             if side is not None:
                 image.draft(None, (4 * side, 4 * side))
+            whole = image.format == "JPEG" and image.size == (width, height)
+            if whole and image.mode in ("L", "RGB") and (found := _decode_jpeg(image)):
+                return _upright(found)
             image.load()
             return _to_rgb(_upright(image))
     except ImageError:
@@ -86,6 +95,24 @@ def read_image(
     except Exception as error:  # a damaged file can break a decoder anywhere
         detail = " ".join(str(error).split())[:120]
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {detail})") from error
+
+
+def _decode_jpeg(image: Image.Image) -> Image.Image | None:
+    """The pixels of an opened JPEG by torchvision, the very ones that Pillow decodes and in half
+    the time; None if it refuses, and then Pillow says why."""
+    if decode_jpeg is None:
+        return None
+    image.fp.seek(0)
+    content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    try:
+        pixels = decode_jpeg(content, mode=ImageReadMode.RGB)
+    except RuntimeError:
+        image.fp.seek(0)
+        return None
+    decoded = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    if "exif" in image.info:
+        decoded.info["exif"] = image.info["exif"]
+    return decoded
 
 
 def _known_formats() -> list[str]:

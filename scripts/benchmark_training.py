@@ -48,6 +48,7 @@ from main_SPQ import build_trainer
 from utils.device import choose_amp, choose_kernels
 from utils.distributed import Ranks
 from utils.loop import Trainer
+from utils.setup import Run
 
 EPOCH_IMAGES = 50_000
 EPOCH_FLOP = 335e12  # of such an epoch, both views forward and backward, width 64, 32 pixels
@@ -109,7 +110,8 @@ def trainer_of(args: argparse.Namespace, images: Tensor, words: list[str]) -> Tr
     flags.amp = choose_amp(flags.amp, images.device)
     choose_kernels(flags.deterministic)
     torch.manual_seed(0)
-    trainer = build_trainer(flags, images, None, Ranks())
+    run = Run("SPQ", flags, images.device, Ranks(), checkpoint=None)
+    trainer = build_trainer(run, images, None)
     trainer.batches = Marked(trainer.batches)
     return trainer
 

@@ -176,12 +176,11 @@ def make_retrieval(scene: Scene, paths: list[Path]) -> dict:
     rows, index = first_of_each_class(x, labels, codes, scene.codebooks, COLUMNS, scene.headline)
     name = f"mAP@{scene.args.Top_N}"
     title = f"{scene.name}, {name} {scene.metrics[0][name]:.3f}"
-    found, wanted = db_labels[index], labels[rows]
-    retrieval_grid(
-        images[rows], wanted.tolist(), db_images[index], found.tolist(), CLASSES, paths, title
-    )
-    right = (found == wanted[:, None]).sum(dim=1).tolist()
-    return {"queries": rows.tolist(), "items": index.tolist(), "right": right}
+    right = db_labels[index] == labels[rows][:, None]
+    names = [CLASSES[label] for label in labels[rows].tolist()]
+    retrieval_grid(images[rows], names, db_images[index], right, paths, title)
+    counts = right.sum(dim=1).tolist()
+    return {"queries": rows.tolist(), "items": index.tolist(), "right": counts}
 
 
 def make_tsne(scene: Scene, paths: list[Path]) -> dict:

@@ -18,7 +18,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # one run for each folder, also where two folders have the same name
 run="runs/folder_$(basename "$images")_$(printf %s "$images" | cksum | cut -d' ' -f1)"
 if [ ! -e "$run/index/manifest.json" ]; then
-    "$PYTHON" main_SPQ.py --dataset=folder --data_dir="$images" \
+    "$PYTHON" main_SPQ.py --dataset=folder --data_dir="$images" --skip_missing \
         --loss=cqc --width=16 --input_size=64 --batch_size=64 --epochs=20 --warmup_epochs=1 \
         --lr=2e-3 --contrastive_temperature=0.2 --soft_quantization_scale=10 \
         --output_dir="$run" --resume=auto "$@"

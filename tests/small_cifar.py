@@ -59,7 +59,9 @@ def run(data_dir, output_dir, *flags):
     """main_SPQ.py in this process."""
     import main_SPQ
 
-    main_SPQ.main([*FAST, f"--data_dir={data_dir}", f"--output_dir={output_dir}", *flags])
+    cache = Path(output_dir).parent / "cache"
+    places = [f"--data_dir={data_dir}", f"--output_dir={output_dir}", f"--cache_dir={cache}"]
+    main_SPQ.main([*FAST, *places, *flags])
 
 
 def log_of(folder, kind):

@@ -179,7 +179,7 @@ def first_of_each_class(
 
     Args:
         query: (Q, D) descriptors.
-        query_labels: (Q,) class numbers.
+        query_labels: (Q,) class numbers, or (Q, C) zeros and ones.
         db_codes: (N, M) integers.
         codebooks: (M, K, d).
         columns: items for each query.
@@ -188,7 +188,11 @@ def first_of_each_class(
     Returns:
         Queries (R,) and items (R, min(columns, N)), int64 on the CPU, nearest first.
     """
-    first = [int((query_labels == c).nonzero()[0]) for c in query_labels.unique().tolist()]
-    chosen = torch.tensor(first[:rows])
+    if query_labels.dim() == 1:
+        members = [query_labels == c for c in query_labels.unique().tolist()]
+    else:
+        members = [column > 0 for column in query_labels.T if column.any()]
+    first = dict.fromkeys(int(member.nonzero()[0]) for member in members)
+    chosen = torch.tensor(list(first)[:rows])
     _, index = search(query[chosen.to(query.device)], db_codes, codebooks, columns, distance)
     return chosen, index.cpu()

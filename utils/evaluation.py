@@ -1,6 +1,7 @@
 """Encode queries and database with a model, and score the retrieval."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,52 +10,72 @@ from torch import Tensor, nn
 from utils.metrics import evaluate_retrieval
 from utils.retrieval import DISTANCES
 
-EVAL_BATCH = 500
+# in a batch: images of 32 pixels, and fewer of larger ones
+EVAL_BATCH, EVAL_PIXELS, LEAST_BATCH = 500, 500 * 32 * 32, 50
+
+
+class Rows(Protocol):
+    """Images (N, 3, H, W) uint8 or features (N, F), by rows: a tensor, or rows on disk."""
+
+    shape: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: slice | Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
-def _batches(images: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
-    """uint8 (N, 3, H, W) -> float batches in [0, 1], resized to `size` if need be."""
-    for start in range(0, len(images), EVAL_BATCH):
-        batch = images[start : start + EVAL_BATCH].to(device).float() / 255.0
+def as_batches(images: Rows, size: int, device: torch.device) -> Iterator[Tensor]:
+    """uint8 (N, 3, H, W) -> float batches in [0, 1], resized to `size` if need be; features (N, F)
+    or (N, 1, F) -> float batches (B, F)."""
+    features = len(images.shape) < 4
+    most = EVAL_BATCH if features else max(LEAST_BATCH, min(EVAL_BATCH, EVAL_PIXELS // size**2))
+    for start in range(0, len(images), most):
+        batch = images[start : start + most].to(device).float()
+        if features:
+            yield batch.flatten(1)
+            continue
+        batch = batch / 255.0
         if batch.shape[-2:] != (size, size):
             batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
         yield batch
 
 
 @torch.no_grad()
-def describe_images(model: nn.Module, images: Tensor, size: int) -> Tensor:
-    """Descriptors x (N, D) float32 of uint8 images, in the model's present mode."""
+def describe_images(model: nn.Module, images: Rows, size: int) -> Tensor:
+    """Descriptors x (N, D) float32 of uint8 images or of features, in the model's present mode."""
     device = next(model.parameters()).device
-    return torch.cat([model.describe(batch).float() for batch in _batches(images, size, device)])
+    return torch.cat([model.describe(batch).float() for batch in as_batches(images, size, device)])
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, images: Tensor, size: int) -> Tensor:
-    """Codes (N, M) uint8 (int32 if K > 256) of uint8 images, in the model's present mode."""
+def encode_images(model: nn.Module, images: Rows, size: int) -> Tensor:
+    """Codes (N, M) uint8 (int32 if K > 256) of uint8 images or of features, in the model's mode."""
     device = next(model.parameters()).device
     dtype = torch.uint8 if model.quantizer.K <= 256 else torch.int32
-    return torch.cat([model.encode(batch).to(dtype) for batch in _batches(images, size, device)])
+    return torch.cat([model.encode(batch).to(dtype) for batch in as_batches(images, size, device)])
 
 
 class RetrievalEvaluation:
     """A retrieval benchmark: queries against a database, raw queries against codes.
 
     Args:
-        query: images (Q, 3, H, W) uint8 and labels.
-        db: images (N, 3, H, W) uint8 and labels.
+        query: images (Q, 3, H, W) uint8 and labels, (Q,) or (Q, C).
+        db: images (N, 3, H, W) uint8 and labels, (N,) or (N, C).
         size: side that images are encoded at, pixels.
         top_n: the N of mAP@N.
         headline: the distance whose figures lead.
 
     Attributes:
+        features: of the queries and of the database, to encode in place of the images, which a
+            frozen trunk need not see again; None.
         encoded: the query descriptors and database codes of the last evaluation; None before.
     """
 
     def __init__(
         self,
-        query: tuple[Tensor, Tensor],
-        db: tuple[Tensor, Tensor],
+        query: tuple[Rows, Tensor],
+        db: tuple[Rows, Tensor],
         size: int,
         top_n: int,
         headline: str,
@@ -62,6 +83,7 @@ class RetrievalEvaluation:
         self.query, self.db = query, db
         self.size, self.top_n = size, top_n
         self.distances = sorted(DISTANCES, key=lambda distance: distance != headline)
+        self.features: tuple[Rows, Rows] | None = None
         self.encoded: tuple[Tensor, Tensor] | None = None
 
     def encode(self, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -69,8 +91,9 @@ class RetrievalEvaluation:
         was_training = model.training
         model.eval()
         try:
-            query = describe_images(model, self.query[0], self.size)
-            db_codes = encode_images(model, self.db[0], self.size)
+            images = self.features or (self.query[0], self.db[0])
+            query = describe_images(model, images[0], self.size)
+            db_codes = encode_images(model, images[1], self.size)
         finally:
             model.train(was_training)
         self.encoded = (query, db_codes)

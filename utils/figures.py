@@ -101,10 +101,9 @@ def learning_curve(
 @plt.rc_context(PRINT)
 def retrieval_grid(
     queries: Tensor,
-    query_labels: Sequence[int],
+    names: Sequence[str],
     results: Tensor,
-    result_labels: Sequence[Sequence[int]],
-    classes: Sequence[str],
+    relevant: Tensor,
     path: Paths,
     title: str = "",
 ) -> None:
@@ -113,16 +112,15 @@ def retrieval_grid(
 
     Args:
         queries: (R, 3, H, W) uint8.
-        query_labels: R class numbers.
+        names: of the R queries' classes.
         results: (R, C, 3, H, W) uint8, nearest first.
-        result_labels: R lists of C class numbers.
-        classes: names.
+        relevant: (R, C) bool, which of them are right.
         path: where the picture goes.
         title: above the picture.
     """
     rows, columns = results.shape[:2]
-    cell, names, head = 0.56, 0.8, 0.45  # inches: an image with its margin, class names, titles
-    width, height = names + cell * (columns + 1), head + cell * rows
+    cell, margin, head = 0.56, 0.8, 0.45  # inches: an image with its margin, class names, titles
+    width, height = margin + cell * (columns + 1), head + cell * rows
     figure, axes = plt.subplots(rows, columns + 1, figsize=(width, height), squeeze=False)
     for r in range(rows):
         cells = [queries[r], *results[r]]
@@ -132,7 +130,7 @@ def retrieval_grid(
             axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="none")
             axis.set_xticks([])
             axis.set_yticks([])
-            right = c > 0 and result_labels[r][c - 1] == query_labels[r]
+            right = c > 0 and bool(relevant[r, c - 1])
             for spine in axis.spines.values():
                 spine.set_linewidth(0 if c == 0 else 2)
                 spine.set_edgecolor(BLUE if right else ORANGE)
@@ -147,12 +145,12 @@ def retrieval_grid(
                     transform=axis.transAxes,
                     bbox={"facecolor": ORANGE, "edgecolor": "none", "pad": 0.4},
                 )
-        axes[r][0].set_ylabel(classes[query_labels[r]], rotation=0, ha="right", va="center")
+        axes[r][0].set_ylabel(names[r], rotation=0, ha="right", va="center")
     axes[0][0].set_title("query")
     axes[0][1].set_title("nearest", loc="left")
     figure.suptitle(title, y=1 - 0.06 / height, va="top")
     figure.subplots_adjust(
-        left=names / width,
+        left=margin / width,
         right=1 - 0.05 / width,
         bottom=0.05 / height,
         top=1 - head / height,

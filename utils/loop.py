@@ -31,10 +31,12 @@ LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has ove
 # a resumed run draws the same images in the same order only if these are as they were, and another
 # recipe is another run
 FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate", "recipe"]
+FIXED_ON_RESUME += ["dataset", "protocol", "split_seed", "freeze_trunk", "cached_views"]
 # why a loop pauses, as bits of one number: the greatest over the ranks counts for all of them
 LATE, OVER, SIGNAL_SHIFT = 1, 2, 2  # a checkpoint is due; time is over; above them the signal
 # what an evaluation's figures depend on, beside the weights
 EVALUATION_FLAGS = ["Top_N", "distance", "limit_db", "limit_query", "input_size", "validate"]
+EVALUATION_FLAGS += ["dataset", "protocol", "split_seed"]
 
 
 class TrainingStopped(Exception):

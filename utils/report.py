@@ -5,17 +5,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+import torch
+from torch import Tensor
+
 from utils.analysis import first_of_each_class
 from utils.checkpoint import LAST
 from utils.figures import learning_curve, retrieval_grid
 from utils.logging import METRICS, read_metrics
 from utils.loop import Trainer
+from utils.metrics import relevance
 from utils.setup import Run
 
 COLUMNS = 10  # nearest images drawn
 
 
-def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequence[str]) -> None:
+def report(
+    run: Run,
+    trainer: Trainer,
+    metrics: list[dict],
+    class_names: Sequence[str],
+    left_out: int = 0,
+) -> None:
     """Draw learning curve and retrieval grid into the run's folder, and say what is where.
 
     An evaluation alone writes `eval_only.json` and `eval_only_retrieval.png` instead, so that it
@@ -26,12 +36,13 @@ def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequenc
         trainer: what ran.
         metrics: of the last evaluation, the headline first; none if there were no labels.
         class_names: by class number.
+        left_out: images of the split that could not be read.
     """
     if not run.ranks.is_main:
         return
     args, folder = run.args, run.args.output_dir
     if not metrics:
-        _report_unlabelled(run, trainer)
+        _report_unlabelled(run, trainer, left_out)
         return
     head = metrics[0]
     name = f"mAP@{args.Top_N}"
@@ -56,21 +67,22 @@ def report(run: Run, trainer: Trainer, metrics: list[dict], class_names: Sequenc
     print(
         f"\nResult {when}: {name} = {head[name]:.4f} at {head['code_bits']:g} bits "
         f"({head['distance']}, AP over the relevant images found in the top {args.Top_N}, "
-        f"{head['queries']} queries)"
+        f"{head['queries']} queries{_missing(left_out)})"
     )
     for what, path in places:
         print(f"  {what + ':':18} {path}")
 
 
-def _report_unlabelled(run: Run, trainer: Trainer) -> None:
-    folder, data = run.args.output_dir, run.args.data_dir
+def _report_unlabelled(run: Run, trainer: Trainer, left_out: int) -> None:
+    folder, data = run.args.output_dir, run.args.image_dir or run.args.data_dir
     bits = trainer.model.quantizer.code_bits
     curve = folder / "learning_curve.png"
     title = f"{run.method}, {bits:g} bits, images of {data.name}".replace("$", r"\$")  # no formula
     learning_curve(read_metrics(folder), curve, f"mAP@{run.args.Top_N}", run.args.distance, title)
     index = folder / "index"
     print(
-        f"\nTrained to step {trainer.step} at {bits:g} bits; without labels there is no mAP.\n"
+        f"\nTrained to step {trainer.step} at {bits:g} bits; without labels there is no mAP"
+        f"{_missing(left_out)}.\n"
         f"  checkpoint:        {folder / LAST}\n"
         f"  log:               {folder / METRICS}\n"
         f"  learning curve:    {curve}\n"
@@ -91,12 +103,20 @@ def _draw_retrieval(trainer: Trainer, path: Path, class_names: Sequence[str], ti
     (images, labels), (db_images, db_labels) = evaluation.query, evaluation.db
     codebooks = trainer.model.quantizer.codebooks.detach().float()
     rows, index = first_of_each_class(x, labels, codes, codebooks, COLUMNS, evaluation.distances[0])
-    retrieval_grid(
-        images[rows].cpu(),
-        labels[rows].tolist(),
-        db_images.cpu()[index],
-        db_labels.cpu()[index].tolist(),
-        class_names,
-        path,
-        title,
-    )
+    names = [_class_name(class_names, label) for label in labels[rows].cpu()]
+    pairs = zip(labels[rows].cpu(), db_labels.cpu()[index], strict=True)
+    relevant = torch.cat([relevance(label[None], found) for label, found in pairs])
+    retrieval_grid(images[rows].cpu(), names, db_images[index].cpu(), relevant, path, title)
+
+
+def _class_name(names: Sequence[str], label: Tensor) -> str:
+    """Of one image: its class, or its first label and how many more it has."""
+    if label.dim() == 0:
+        return names[int(label)]
+    mine = label.nonzero()[:, 0].tolist()
+    more = f" +{len(mine) - 1}" if len(mine) > 1 else ""
+    return names[mine[0]] + more if mine else "none"
+
+
+def _missing(left_out: int) -> str:
+    return f", {left_out} images left out that could not be read" if left_out else ""

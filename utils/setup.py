@@ -1,5 +1,6 @@
 """What every main script does before its own work: device, ranks, seed, folder, checkpoint."""
 
+import json
 import os
 import shutil
 from argparse import Namespace
@@ -7,23 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from data.manifest import Split
 from utils.checkpoint import LAST, check_same, find_checkpoint, load_checkpoint
 from utils.device import choose_amp, choose_device, choose_kernels
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logging import plain
 
+SPLIT = "split.json"  # in a run's folder: the first line of the split it used
+# flags that older checkpoints do not have
+OLDER = {"stem": "cifar", "dataset": "cifar10", "protocol": "spq", "split": None, "split_seed": 0}
+OLDER |= {"freeze_trunk": False, "cached_views": 0, "pretrained": False, "weights": None}
 # flags that give a model its shape: a checkpoint fits only if they are equal
-SHAPE_FLAGS = ["arch", "width", "N_books", "N_words", "L_word", "quantizer"]
+SHAPE_FLAGS = ["arch", "stem", "width", "N_books", "N_words", "L_word", "quantizer"]
 # flags that an evaluation takes from the checkpoint unless they are given
 MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs", "validate"]
+MODEL_FLAGS += ["freeze_trunk"]
+# and which it takes where the data set is the same
+SPLIT_FLAGS = ["protocol", "split_seed"]
 # flags that may differ on a resume without a word
 FREE_FLAGS = {
     "resume",
     "output_dir",
     "data_dir",
+    "image_dir",
+    "cache_dir",
+    "skip_missing",
     "if_download",
     "max_steps",
     "max_minutes",
@@ -63,14 +74,35 @@ class Run:
     ranks: Ranks
     checkpoint: dict | None
 
-    def check_labels(self, *label_sets: Tensor) -> None:
-        """Labels must lie below --num_cls, or UserError."""
-        highest = max(int(labels.max()) for labels in label_sets)
-        if highest >= self.args.num_cls:
+    def tell_data(self, split: Split, left_out: int) -> None:
+        """Say which split this run uses, and keep that in `split.json`.
+
+        Raises:
+            UserError: if the run that is gone on with used another one, or labels are not below
+                --num_cls.
+        """
+        C = len(split.listing.classes)
+        if self.args.num_cls is not None and self.args.num_cls < C:
             raise UserError(
-                f"--num_cls={self.args.num_cls}: the data set has class {highest}; allowed is "
-                f"{highest + 1} or more"
+                f"--num_cls={self.args.num_cls}: the data set has {C} classes; allowed is {C} or "
+                "more"
             )
+        head = split.head() | {"left_out": left_out}
+        if not self.ranks.is_main:
+            return
+        print(f"{split.summary()}, sha256 {head['sha256'][:16]}")
+        path = self.args.output_dir / SPLIT
+        if self.args.eval_only:
+            return
+        if self.checkpoint is not None and path.is_file():
+            known = json.loads(path.read_text()).get("sha256")
+            if known != head["sha256"]:
+                raise UserError(
+                    f"--data_dir={self.args.data_dir}: its split is {head['sha256'][:16]}, and the "
+                    f"run in {self.args.output_dir} began with {str(known)[:16]}; give back the "
+                    "images and lists it had, or begin another run"
+                )
+        path.write_text(json.dumps(head, indent=2) + "\n")
 
 
 def start_run(method: str, args: Namespace) -> Run:
@@ -94,7 +126,8 @@ def start_run(method: str, args: Namespace) -> Run:
     args = Namespace(**{k: v for k, v in vars(args).items() if k != "given"})
     if args.eval_only:  # what was not said is as the model was trained
         saved = checkpoint["args"]
-        missing = [name for name in MODEL_FLAGS if name not in given and name in saved]
+        same = [*SPLIT_FLAGS] if saved["dataset"] == args.dataset else []
+        missing = [name for name in MODEL_FLAGS + same if name not in given and name in saved]
         args = Namespace(**{**vars(args), **{name: saved[name] for name in missing}})
     if checkpoint is not None:
         why = "a model of another shape does not fit"
@@ -130,6 +163,7 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
             print(f"--resume=auto: no checkpoint in {output_dir} yet, starting from the beginning")
         return None
     checkpoint = load_checkpoint(path)
+    checkpoint["args"] = OLDER | checkpoint["args"]
     if checkpoint["method"] != method:
         raise UserError(
             f"--resume={path}: is a checkpoint of {checkpoint['method']}, not of {method}"

@@ -128,4 +128,6 @@ def _build(args: Mapping) -> SPQ:
         K=args["N_words"],
         d=args["L_word"],
         alpha=args["soft_quantization_scale"],
+        stem=args.get("stem"),  # older ones have no such flag
+        input_size=args["input_size"],
     )

@@ -35,8 +35,8 @@ def draw_tsne(path):
 
 def draw_grid(path):
     images = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
-    found = [[0, 1, 0], [1, 1, 1]]
-    figures.retrieval_grid(images[:, 0], [0, 1], images[:, 1:], found, CLASSES, path, "title")
+    right = torch.tensor([[True, False, True], [True, True, True]])
+    figures.retrieval_grid(images[:, 0], CLASSES[:2], images[:, 1:], right, path, "title")
 
 
 def draw_histogram(path):

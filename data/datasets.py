@@ -1,0 +1,141 @@
+"""--dataset: from files to images, labels and roles, in memory or on disk."""
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.manifest import Split
+from data.protocols import held_out
+from data.splits import cifar_pool, load_split, split_cifar
+from data.store import Faults, RowStore, store_images
+from utils.errors import UserError
+
+SHOWN_FAULTS = 5
+MEMORY_SHARE = 0.4  # of the memory that a set may take; a larger one is read as it is needed
+
+Images = Tensor | RowStore  # uint8 (N, 3, side, side); both are indexed by rows
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as a training takes it.
+
+    Attributes:
+        split: names, labels, roles; without the images that could not be read.
+        train: images to train on.
+        query, db: images and labels of the two sides; None where there are no labels.
+        left_out: how many images of the split could not be read.
+    """
+
+    split: Split
+    train: Images
+    query: tuple[Images, Tensor] | None
+    db: tuple[Images, Tensor] | None
+    left_out: int
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names, in order of the labels."""
+        return self.split.listing.classes
+
+
+def load_dataset(args: Namespace, device: torch.device) -> DataSet:
+    """The set that the flags ask for, its split said in a line.
+
+    CIFAR's images are held as they are. All others are decoded once and squeezed to --input_size
+    in a store below --cache_dir; from there they go into memory, and those that are trained on to
+    the device, if they take at most MEMORY_SHARE of it, and stay on disk otherwise.
+
+    Args:
+        args: dataset, data_dir, image_dir, protocol, split, split_seed, if_download, validate,
+            skip_missing, input_size, cache_dir, num_workers, limit_train, limit_db, limit_query.
+        device: that trains.
+    Raises:
+        UserError: if files are missing or damaged (without --skip_missing), or nothing is left.
+    """
+    faults: Faults = []
+    if args.dataset.startswith("cifar"):
+        images, split = _load_cifar(args)
+    else:
+        split = load_split(args)
+        root = args.image_dir or args.data_dir
+        names = split.listing.names
+        images, faults = store_images(
+            args.cache_dir, root, names, args.input_size, args.num_workers
+        )
+        split = _without(split, faults, args)
+    roles = split.roles
+    if args.validate:
+        fixed = args.dataset.startswith("cifar") and split.protocol == "spq"
+        roles = held_out(roles, None if fixed else args.split_seed)
+    for role in ("train", "query", "database"):
+        if role in roles and not len(roles[role]):
+            raise UserError(f"--data_dir={args.data_dir}: no image is left for the role {role}")
+
+    train = hold(images, roles["train"][: args.limit_train], device)
+    labels, cpu = split.listing.labels, torch.device("cpu")
+    if "query" not in roles:
+        return DataSet(split, train, None, None, len(faults))
+    query, db = roles["query"][: args.limit_query], roles["database"][: args.limit_db]
+    sides = [(hold(images, rows, cpu), labels[rows]) for rows in (query, db)]
+    return DataSet(split, train, *sides, len(faults))
+
+
+def _load_cifar(args: Namespace) -> tuple[Tensor, Split]:
+    pool = cifar_pool(args)
+    if args.split is None:
+        protocol = args.protocol or "spq"
+        return pool.images, split_cifar(args.dataset, pool.labels, protocol, args.split_seed)
+    split = load_split(args)
+    if not torch.equal(split.listing.labels, pool.labels):
+        raise UserError(f"--split={args.split}: its labels are not those of {args.dataset}")
+    return pool.images, split
+
+
+def _without(split: Split, faults: Faults, args: Namespace) -> Split:
+    """The split without images that could not be read.
+
+    Raises:
+        UserError: if there are any, without --skip_missing.
+    """
+    if not faults:
+        return split
+    told = [f"  {name!r} {reason}" for name, reason in faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        told.append(f"  and {len(faults) - SHOWN_FAULTS} more")
+    count = f"{len(faults)} of {len(split.listing.names)} images cannot be read"
+    if not args.skip_missing:
+        root = args.image_dir or args.data_dir
+        raise UserError(
+            "\n".join([f"{count} below {root}:", *told, "--skip_missing goes on without them"])
+        )
+    print("\n".join([f"{count}, and are left out:", *told]))
+    bad = {name for name, _ in faults}
+    good = torch.tensor([name not in bad for name in split.listing.names])
+    roles = {role: rows[good[rows]] for role, rows in split.roles.items()}
+    return Split(split.dataset, split.protocol, split.seed, split.listing, roles)
+
+
+def hold(images: Images, rows: Tensor | None, device: torch.device) -> Images:
+    """Some of the rows (None: all) where there is room: on the device, in memory, or on disk."""
+    if rows is None or (len(rows) == len(images) and torch.equal(rows, torch.arange(len(images)))):
+        chosen: Images = images
+    else:
+        chosen = images.part(rows) if isinstance(images, RowStore) else images[rows]
+    if isinstance(chosen, RowStore):
+        if chosen.nbytes > MEMORY_SHARE * _memory(torch.device("cpu")):
+            return chosen
+        chosen = chosen[:]
+    if chosen.nbytes > MEMORY_SHARE * _memory(device):
+        return chosen
+    return chosen.to(device)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the device's memory that are free, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

