@@ -248,7 +248,7 @@ def add_model_flags(parser: Parser) -> None:
         default=None,
         metavar="FILE",
         help="start from the weights in this file: .safetensors, .pth or a checkpoint of this "
-        "project",
+        "project (default: none)",
     )
     flag(
         "--freeze_trunk",

@@ -35,7 +35,7 @@ def test_released_command_and_defaults():
         "L_word": 16,
         "soft_quantization_scale": 5.0,
         "contrastive_temperature": 0.5,
-        "num_cls": 10,
+        "num_cls": None,  # the released 10, counted from the labels
         "eval_epoch": 100,
         "Top_N": 1000,
         "lr": 3e-4,
@@ -58,7 +58,7 @@ def test_there_are_booleans():
 
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_booleans_both_ways(name, capsys):
-    more = ["--resume=auto"] if name == "eval_only" else []
+    more = {"eval_only": ["--resume=auto"], "freeze_trunk": ["--weights=x.pth"]}.get(name, [])
 
     def value(*argv):
         return getattr(parse(*more, *argv), name)
@@ -114,7 +114,12 @@ def test_code_bits(argv, bits):
         ("lr_schedule", "step", "released"),
         ("quantizer", "opq", "vq"),
         ("distance", "cosine", "squared_l2"),
-        ("arch", "vgg", "resnet18"),
+        ("arch", "resnt18", "resnet18"),
+        ("arch", "nothing_like_it", "timm.list_models()"),
+        ("stem", "vit", "imagenet"),
+        ("dataset", "imagenet", "flickr25k"),
+        ("protocol", "III", "59k"),
+        ("cached_views", "-1", "at least 0"),
         ("amp", "yes", "bf16"),
     ],
 )
@@ -133,6 +138,49 @@ def test_unknown_and_shortened_flags_are_refused(capsys):
 def test_contradictions_are_named(capsys):
     assert "--eval_only: needs --resume" in refused(capsys, "--eval_only")
     assert "--overwrite" in refused(capsys, "--overwrite", "--resume=auto")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--width=16", "--arch=resnet50"], "--width=16: --arch=resnet50 --stem=imagenet has one"),
+        (["--width=16", "--stem=imagenet"], "--width=16: --arch=resnet18 --stem=imagenet has one"),
+        (["--pretrained", "--weights=x.pth"], "--weights: contradicts --pretrained"),
+        (["--freeze_trunk"], "--freeze_trunk: a trunk without weights"),
+        (["--cached_views=4"], "--cached_views: a trunk that learns"),
+        (
+            ["--cached_views=1", "--freeze_trunk", "--weights=x"],
+            "--cached_views=1: a step takes two",
+        ),
+        (["--dataset=flickr25k"], "--dataset=flickr25k: needs --data_dir"),
+        (["--protocol=I", "--split=x"], "--protocol: contradicts --split"),
+        (
+            ["--dataset=flickr25k", "--data_dir=x", "--protocol=gpq"],
+            "--protocol=gpq: flickr25k has spq, 38-labels",
+        ),
+    ],
+)
+def test_flags_of_data_and_trunk_that_do_not_go_together(flags, message, capsys):
+    assert message in refused(capsys, *flags)
+
+
+def test_defaults_that_depend_on_the_set():
+    found = {}
+    for name in ("cifar10", "cifar100", "flickr25k", "nuswide", "lists", "folder"):
+        args = parse(f"--dataset={name}", "--data_dir=x")
+        found[name] = (args.protocol, args.input_size, args.Top_N)
+    assert found == {
+        "cifar10": ("spq", 32, 1000),
+        "cifar100": ("spq", 32, 1000),
+        "flickr25k": ("spq", 64, 5000),
+        "nuswide": ("100-500", 64, 5000),
+        "lists": ("lists", 64, 1000),
+        "folder": ("all", 64, 1000),
+    }
+    args = parse("--dataset=nuswide", "--data_dir=x", "--input_size=224", "--Top_N=100")
+    assert (args.input_size, args.Top_N, args.output_dir.name) == (224, 100, "SPQ_nuswide_32bits")
+    stems = {arch: parse(f"--arch={arch}").stem for arch in ("resnet18", "resnet50")}
+    assert stems == {"resnet18": "cifar", "resnet50": "imagenet"}
 
 
 def test_help_shows_every_default(capsys):

@@ -345,7 +345,7 @@ def test_validate_asks_held_out_training_images(small_set, tmp_path, monkeypatch
     fit = Trainer.fit
 
     def see(trainer):
-        seen.update(evaluate=trainer.evaluate_model, batches=trainer.batches.batches.images)
+        seen.update(evaluate=trainer.evaluate_model, batches=trainer.batches.batches.rows)
         return fit(trainer)
 
     monkeypatch.setattr(Trainer, "fit", see)

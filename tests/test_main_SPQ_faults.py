@@ -19,7 +19,7 @@ FAULTS = [
     (["--limit_train=10"], r"--batch_size=20: is larger .* 10"),
     (["--data_dir=/nowhere"], r"--data_dir=/nowhere: CIFAR-10 is not there"),
     (["--resume=/nowhere/c.pt"], r"--resume=/nowhere/c\.pt: no such file"),
-    (["--num_cls=5"], r"--num_cls=5: the data set has class 9; allowed is 10"),
+    (["--num_cls=5"], r"--num_cls=5: the data set has 10 classes; allowed is 10"),
     (["--eval_only", "--resume=auto"], r"no checkpoint in --output_dir"),
     (["--output_dir=/proc/x"], r"--output_dir=/proc/x: cannot be made"),
     (["--amp=fp16"], r"--amp=fp16: needs a GPU"),

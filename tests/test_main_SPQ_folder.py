@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import small_cifar
 import torch
-from PIL import Image
 from small_images import make_images
 
 import main_SPQ
 import search
 from args import parse_args, parse_search_args, spq_parser
-from data.folder import load_folder
-from data.images import to_array
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,36 +28,46 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_a_folder_is_read_whole_and_in_order(images, capsys):
-    found = load_folder(images, 16)
-    assert found.shape == (40, 3, 16, 16)
-    for i, name in enumerate(sorted(NAMES, key=os.fsencode)):
-        assert (found[i].numpy() == to_array(Image.open(images / name), 16)).all()
-    out = capsys.readouterr().out
-    assert "left out: 'bad.jpg' is empty (0 bytes)" in out
-    assert "1 left out, 40 images to train on" in out
+def test_a_folder_with_a_damaged_image_stops_the_run_unless_told_otherwise(tmp_path, images):
+    with pytest.raises(
+        UserError, match=r"1 of 41 images.*\n.*'bad.jpg' is empty.*\n--skip_missing"
+    ):
+        small_cifar.run(images, tmp_path / "run", "--dataset=folder", "--max_steps=1")
 
 
-def test_what_is_no_folder_of_images_is_refused(tmp_path, images, monkeypatch):
+def test_what_is_no_folder_of_images_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--data_dir=.*nowhere: is not a folder"):
-        load_folder(tmp_path / "nowhere", 16)
+        small_cifar.run(tmp_path / "nowhere", tmp_path / "run", "--dataset=folder")
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(UserError, match=r"--data_dir=.*: holds no image"):
-        load_folder(tmp_path, 16)
-    (tmp_path / "x.png").write_text("no")
-    with pytest.raises(UserError, match="none of its images can be read"):
-        load_folder(tmp_path, 16)
-    monkeypatch.setattr("data.folder.MEMORY_SHARE", 1e-9)
-    with pytest.raises(UserError, match=r"41 images of 16 pixels take .* lower --input_size"):
-        load_folder(images, 16)
+        small_cifar.run(empty, tmp_path / "run", "--dataset=folder")
+    (empty / "x.png").write_text("no")
+    with pytest.raises(UserError, match="no image is left for the role train"):
+        small_cifar.run(empty, tmp_path / "run", "--dataset=folder", "--skip_missing")
+
+
+def test_class_folders_are_labels(tmp_path, images, capsys):
+    flags = ["--dataset=folder", "--protocol=class-folders", "--input_size=16", "--skip_missing"]
+    good = shutil.copytree(images, tmp_path / "good", ignore=shutil.ignore_patterns("bad.jpg"))
+    small_cifar.run(good, tmp_path / "run", *flags)
+    assert "36 train, 4 query, 36 database; 4 classes" in capsys.readouterr().out
+    found = small_cifar.log_of(tmp_path / "run", "eval")[-1]
+    assert found["queries"] == 4
+    small_cifar.run(good, tmp_path / "run", *flags, "--eval_only", "--resume=auto")
+    again = json.loads((tmp_path / "run" / "eval_only.json").read_text())[0]
+    assert again["mAP@50"] == found["mAP@50"]
+    with pytest.raises(UserError, match=r"1 images lie in no class folder, 'bad.jpg'"):
+        small_cifar.run(images, tmp_path / "other", *flags)
 
 
 def test_train_resume_and_search(tmp_path, images, capsys):
-    flags = ["--dataset=folder", "--input_size=16"]
+    flags = ["--dataset=folder", "--input_size=16", "--skip_missing"]
     small_cifar.run(images, tmp_path / "run", *flags, "--max_steps=2")
     small_cifar.run(images, tmp_path / "run", *flags, "--resume=auto")
     out = capsys.readouterr().out
     assert "step 2" in out
-    assert "Trained to step 4 at 16 bits; without labels there is no mAP" in out
+    assert "Trained to step 4 at 16 bits; without labels there is no mAP, images left out" in out
     small_cifar.run(images, tmp_path / "once", *flags)
     states = [
         torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)["model"]
@@ -82,7 +89,7 @@ def test_train_resume_and_search(tmp_path, images, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--eval_only", "--resume=auto", "--data_dir=x"], "a folder has no labels to evaluate"),
+        (["--eval_only", "--resume=auto", "--data_dir=x"], "a folder has no labels to score with"),
         ([], "--dataset=folder: needs --data_dir"),
     ],
 )

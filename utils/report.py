@@ -119,4 +119,4 @@ def _class_name(names: Sequence[str], label: Tensor) -> str:
 
 
 def _missing(left_out: int) -> str:
-    return f", {left_out} images left out that could not be read" if left_out else ""
+    return f", images left out that could not be read: {left_out}" if left_out else ""

@@ -47,9 +47,24 @@ def test_training_scripts_give_the_papers_bits_and_the_released_settings(recorde
     assert args.resume == "auto"
 
 
+@pytest.mark.parametrize("bits", [16, 32, 64])
+@pytest.mark.parametrize("name", ["flickr25k", "nuswide"])
+def test_the_papers_other_sets_have_their_size_trunk_and_top_n(recorded, name, bits):
+    args = recorded(f"train_{name}_{bits}bits.sh", "--data_dir=elsewhere")
+    assert code_bits(args) == bits
+    assert (args.dataset, args.data_dir, args.input_size) == (name, Path("elsewhere"), 64)
+    assert (args.arch, args.Top_N, args.N_words, args.L_word) == ("resnet50", 5000, 16, 16)
+    assert (args.output_dir, args.resume) == (Path(f"runs/SPQ_{name}_{bits}bits"), "auto")
+
+
 @pytest.mark.parametrize(
     ("name", "flag", "value"),
-    [("c", "loss", "contrastive"), ("h", "quantizer", "hard"), ("q", "quantizer", "vq")],
+    [
+        ("c", "loss", "contrastive"),
+        ("h", "quantizer", "hard"),
+        ("q", "quantizer", "vq"),
+        ("s", "pretrained", True),
+    ],
 )
 def test_each_ablation_changes_its_one_thing(recorded, name, flag, value):
     args = recorded(f"ablation_spq_{name}.sh")
