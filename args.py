@@ -164,6 +164,13 @@ def add_data_flags(parser: Parser) -> None:
         help="threads that decode images, once, into --cache_dir; 0: one a core",
     )
     flag(
+        "--max_pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image that is decoded",
+    )
+    flag(
         "--input_size",
         type=number(int, 8, high=1024),
         default=None,
@@ -262,8 +269,8 @@ def add_model_flags(parser: Parser) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="with --freeze_trunk: so many random views of each image go through the trunk, once, "
-        "and each step takes two of them; 8 is usual. 0: new views at each step",
+        help="with --freeze_trunk: each image itself and so many random views of it go through the "
+        "trunk, once, and each step takes two of these; 3 do. 0: new views at each step",
     )
     flag(
         "--N_books",
@@ -706,8 +713,6 @@ def _resolve_model(parser: Parser, args: argparse.Namespace) -> None:
         )
     if args.cached_views and not args.freeze_trunk:
         parser.error("--cached_views: a trunk that learns has no features to keep; --freeze_trunk")
-    if args.cached_views == 1:
-        parser.error("--cached_views=1: a step takes two different ones; allowed are 0, 2 and more")
 
 
 # --- search.py ----------------------------------------------------------------------------------

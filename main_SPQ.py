@@ -74,7 +74,7 @@ def build_trainer(run: Run, images: Images, evaluate: RetrievalEvaluation | None
     model = model.to(device, memory_format=layout)
     if args.freeze_trunk:
         model.freeze_trunk()
-    if args.cached_views:
+    if args.cached_views and not args.eval_only:
         batches = kept_views(args, images, evaluate, model, ranks)
     else:
         batches = random_views(args, images, ranks, device)

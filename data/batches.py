@@ -151,10 +151,13 @@ class CachedViewBatches:
     Args:
         batches: of rows (V, F): the features of V views of an image.
         seed: of the choice, which depends on it, the step and the rank alone.
+        whole: the same batches of rows (1, F), of the images themselves: one more view.
     """
 
-    def __init__(self, batches: DeviceBatches, seed: int) -> None:
-        self.batches, self.seed = batches, seed
+    def __init__(
+        self, batches: DeviceBatches, seed: int, whole: DeviceBatches | None = None
+    ) -> None:
+        self.batches, self.seed, self.whole = batches, seed, whole
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -163,6 +166,8 @@ class CachedViewBatches:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Features of two different views of each image at `step`, (B, F) float32 each."""
         rows = self.batches.batch(step)  # (B, V, F)
+        if self.whole is not None:
+            rows = torch.cat([rows, self.whole.batch(step)], dim=1)
         B, V, _ = rows.shape
         key = f"{self.seed} {self.batches.ranks.rank} {step} cached"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))

@@ -1,7 +1,8 @@
 """CIFAR-10 as uint8 tensors, from either layout on disk, every file checked by its hash.
 
 `python -m data.cifar10 DIR` fetches what is missing into DIR and checks it;
-`python -m data.cifar10 DIR --export PICTURES` also writes the images as PNG files in class folders.
+`python -m data.cifar10 DIR --export PICTURES` also writes the images as PNG files in class folders,
+`--size=96` enlarged to so many pixels.
 """
 
 import argparse
@@ -308,10 +309,14 @@ def rebuild_binary(tarball: Path, folder: Path) -> None:
             np.concatenate([column[:, None], planes], axis=1).tofile(folder / name)
 
 
-def export_png(data_dir: Path, folder: Path) -> int:
-    """Write every image as `folder/train/<class>/<number>.png` or `folder/test/...`, to try search
+def export_png(data_dir: Path, folder: Path, size: int = 32) -> int:
+    """Write every image as `folder/train/<class>/<number>.png` or `folder/test/...`, to try things
     on ordinary files.
 
+    Args:
+        data_dir: where CIFAR-10 is.
+        folder: to be made.
+        size: side of the files' images, pixels; other than 32 they are resized, bicubic.
     Returns:
         How many there are.
     Raises:
@@ -325,7 +330,10 @@ def export_png(data_dir: Path, folder: Path) -> int:
             for number, (image, label) in enumerate(zip(*part, strict=True)):
                 path = folder / name / CLASSES[int(label)] / f"{number:05d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+                picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+                if size != picture.width:
+                    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+                picture.save(path)
     except OSError as error:
         raise UserError(f"--export={folder}: cannot be written: {error}") from error
     return sum(len(part.labels) for part in parts.values())
@@ -335,11 +343,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m data.cifar10", description="Fetch CIFAR-10.")
     parser.add_argument("data_dir", type=Path, metavar="DIR", help="where it is, or shall be")
     parser.add_argument("--export", type=Path, metavar="PICTURES", help="also write PNG files here")
+    parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="of those files")
     words = parser.parse_args()
     try:
         load_cifar10(words.data_dir, download=True)
         print(f"CIFAR-10 is complete in {words.data_dir}")
         if words.export:
-            print(f"{export_png(words.data_dir, words.export)} PNG files in {words.export}")
+            print(
+                f"{export_png(words.data_dir, words.export, words.size)} PNG files in {words.export}"
+            )
     except UserError as error:
         sys.exit(f"error: {error}")

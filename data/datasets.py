@@ -1,8 +1,10 @@
 """--dataset: from files to images, labels and roles, in memory or on disk."""
 
 import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,10 +13,14 @@ from data.manifest import Split
 from data.protocols import held_out
 from data.splits import cifar_pool, load_split, split_cifar
 from data.store import Faults, RowStore, store_images
+from utils.distributed import Ranks
 from utils.errors import UserError
 
 SHOWN_FAULTS = 5
-MEMORY_SHARE = 0.4  # of the memory that a set may take; a larger one is read as it is needed
+# of the memory, what each of trained images, queries and database may take; more is read as it is
+# needed, and the system keeps of it what there is room for
+MEMORY_SHARE = 0.25
+CGROUPS = Path("/sys/fs/cgroup")
 
 Images = Tensor | RowStore  # uint8 (N, 3, side, side); both are indexed by rows
 
@@ -51,37 +57,50 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
 
     Args:
         args: dataset, data_dir, image_dir, protocol, split, split_seed, if_download, validate,
-            skip_missing, input_size, cache_dir, num_workers, limit_train, limit_db, limit_query.
+            skip_missing, input_size, cache_dir, num_workers, max_pixels, limit_train, limit_db, limit_query.
         device: that trains.
     Raises:
         UserError: if files are missing or damaged (without --skip_missing), or nothing is left.
     """
     faults: Faults = []
+    cpu = torch.device("cpu")
     if args.dataset.startswith("cifar"):
         images, split = _load_cifar(args)
+        wanted = _used_roles(split)
     else:
         split = load_split(args)
+        wanted = _used_roles(split)
         root = args.image_dir or args.data_dir
         names = split.listing.names
         images, faults = store_images(
-            args.cache_dir, root, names, args.input_size, args.num_workers
+            args.cache_dir, root, names, args.input_size, args.num_workers, args.max_pixels
         )
-        split = _without(split, faults, args)
+        if faults:
+            split = _without(split, faults, args, images.path.parent)
     roles = split.roles
     if args.validate:
         fixed = args.dataset.startswith("cifar") and split.protocol == "spq"
         roles = held_out(roles, None if fixed else args.split_seed)
-    for role in ("train", "query", "database"):
-        if role in roles and not len(roles[role]):
+    for role in wanted:
+        if role not in roles or not len(roles[role]):
             raise UserError(f"--data_dir={args.data_dir}: no image is left for the role {role}")
 
-    train = hold(images, roles["train"][: args.limit_train], device)
-    labels, cpu = split.listing.labels, torch.device("cpu")
-    if "query" not in roles:
+    trained = roles["train"][: args.limit_train]
+    train = hold(images, trained, device)
+    if "query" not in wanted:
         return DataSet(split, train, None, None, len(faults))
-    query, db = roles["query"][: args.limit_query], roles["database"][: args.limit_db]
-    sides = [(hold(images, rows, cpu), labels[rows]) for rows in (query, db)]
+    sides = []
+    for rows in (roles["query"][: args.limit_query], roles["database"][: args.limit_db]):
+        shared = torch.equal(rows, trained) and (device == cpu or isinstance(train, RowStore))
+        held = train if shared else hold(images, rows, cpu)
+        sides.append((held, split.listing.labels[rows]))
     return DataSet(split, train, *sides, len(faults))
+
+
+def _used_roles(split: Split) -> tuple[str, ...]:
+    """The roles that must have images; a split file names those too that its set has not."""
+    asked = [role for role in ("query", "database") if len(split.roles.get(role, ()))]
+    return ("train", "query", "database") if asked else ("train",)
 
 
 def _load_cifar(args: Namespace) -> tuple[Tensor, Split]:
@@ -95,24 +114,22 @@ def _load_cifar(args: Namespace) -> tuple[Tensor, Split]:
     return pool.images, split
 
 
-def _without(split: Split, faults: Faults, args: Namespace) -> Split:
+def _without(split: Split, faults: Faults, args: Namespace, store: Path) -> Split:
     """The split without images that could not be read.
 
     Raises:
-        UserError: if there are any, without --skip_missing.
+        UserError: without --skip_missing.
     """
-    if not faults:
-        return split
     told = [f"  {name!r} {reason}" for name, reason in faults[:SHOWN_FAULTS]]
     if len(faults) > SHOWN_FAULTS:
         told.append(f"  and {len(faults) - SHOWN_FAULTS} more")
     count = f"{len(faults)} of {len(split.listing.names)} images cannot be read"
     if not args.skip_missing:
         root = args.image_dir or args.data_dir
-        raise UserError(
-            "\n".join([f"{count} below {root}:", *told, "--skip_missing goes on without them"])
-        )
-    print("\n".join([f"{count}, and are left out:", *told]))
+        advice = f"--skip_missing goes on without them; once they are mended, delete {store}"
+        raise UserError("\n".join([f"{count} below {root}:", *told, advice]))
+    if Ranks.from_environment().is_main:
+        print("\n".join([f"{count}, and are left out:", *told]))
     bad = {name for name, _ in faults}
     good = torch.tensor([name not in bad for name in split.listing.names])
     roles = {role: rows[good[rows]] for role, rows in split.roles.items()}
@@ -135,7 +152,32 @@ def hold(images: Images, rows: Tensor | None, device: torch.device) -> Images:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the device's memory that are free, or of the machine's."""
+    """Bytes of the device's memory that are free; or of the machine's, what this process may use of
+    them beside the others that torchrun started."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, *_cgroup_limits()) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _cgroup_limits(own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes of memory that containers and job schedulers allow; of Linux's control groups."""
+    limits = [sys.maxsize]
+    try:
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:  # another system
+        return limits
+    for _, controllers, place in lines:
+        if controllers == "":  # version 2
+            root, name = CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = Path(place.strip("/"))
+        for folder in (group, *group.parents):  # a limit holds for all below
+            try:
+                limits.append(int((root / folder / name).read_text()))
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+    return limits

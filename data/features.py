@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from data.store import Faults, RowStore, fill_store
 from utils.device import AMP_DTYPES
-from utils.evaluation import Rows, as_batches
+from utils.errors import UserError
+from utils.evaluation import Rows, images_at_once, to_unit
 
-BATCH = 256  # images in one pass through the trunk
 CHUNK = 1024  # images whose features are computed between two marks
 
 
 def identify_rows(images: Rows) -> str:
     """SHA-256 of the images, or of what stands for them on disk."""
     if isinstance(images, Tensor):
-        content = images.cpu().contiguous().view(-1).numpy()
-        return hashlib.sha256(memoryview(content)).hexdigest()
+        digest = hashlib.sha256(f"{tuple(images.shape)}".encode())
+        digest.update(memoryview(images.cpu().contiguous().view(-1).numpy()))
+        return digest.hexdigest()
     return images.identity
 
 
@@ -38,10 +39,11 @@ def identify_trunk(trunk: nn.Module) -> str:
 @torch.no_grad()
 def trunk_features(
     trunk: nn.Module,
-    images: Tensor,
+    images: Rows,
     size: int,
-    augments: list[Callable[[Tensor], Tensor]] | None,
+    augments: Sequence[Callable[[Tensor], Tensor]] | None,
     autocast: Callable[[], AbstractContextManager],
+    rows: slice = slice(None),
 ) -> Tensor:
     """Features (N, V, F) float16 of V views of each image, V = 1 without augmentation.
 
@@ -50,16 +52,21 @@ def trunk_features(
         images: (N, 3, H, W) uint8.
         size: side that images are encoded at; views have the size that their augmentation makes.
         augments: one for each view; None: the images as they are.
-        autocast: context of the computation.
+        autocast: context of the trunk's computation.
+        rows: which of the images.
     """
     device = next(trunk.parameters()).device
+    start, stop, _ = rows.indices(len(images))
+    most = images_at_once(size)
     found = []
-    for start in range(0, len(images), BATCH):
-        part = images[start : start + BATCH].to(device)
-        views = [next(as_batches(part, size, device))] if augments is None else None
-        views = views or [augment(part) for augment in augments]
-        with autocast():
-            found.append(torch.stack([trunk(view).half() for view in views], dim=1).cpu())
+    for first in range(start, stop, most):
+        part = images[first : min(stop, first + most)].to(device)
+        views = []
+        for augment in augments or [partial(to_unit, size=size)]:
+            view = augment(part)
+            with autocast():
+                views.append(trunk(view).half())
+        found.append(torch.stack(views, dim=1).cpu())
     return torch.cat(found)
 
 
@@ -92,13 +99,18 @@ def kept_features(
     def autocast() -> AbstractContextManager:
         return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
-    compute = partial(
-        trunk_features, trunk, size=args.input_size, augments=augments, autocast=autocast
-    )
+    compute = partial(trunk_features, trunk, images, args.input_size, augments, autocast)
 
     def make(start: int, stop: int) -> tuple[Tensor, Faults]:
-        torch.manual_seed(zlib.crc32(f"{args.seed} {start} kept".encode()))
-        return compute(images[start:stop]), []
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(zlib.crc32(f"{args.seed} {start} kept".encode()))
+            found = compute(rows=slice(start, stop))
+        if not found.isfinite().all():
+            raise UserError(
+                f"--cached_views: features of {args.arch} are too large for float16; leave the "
+                "flag away"
+            )
+        return found, []
 
     shape = (1 if augments is None else len(augments), trunk.feature_dim)
     label = f"features of {what}"

@@ -110,8 +110,7 @@ def _decode_jpeg(image: Image.Image) -> Image.Image | None:
         image.fp.seek(0)
         return None
     decoded = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    if "exif" in image.info:
-        decoded.info["exif"] = image.info["exif"]
+    decoded.info = {key: image.info[key] for key in ("exif", "xmp") if key in image.info}
     return decoded
 
 

@@ -6,11 +6,13 @@ counts, and the SHA-256 of all lines that follow. Each of these is a JSON array
 SHA-256 used the same split. `python -m data.splits` makes and checks them.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -47,12 +49,17 @@ class Split:
         return hashlib.sha256("".join(_lines(self)).encode()).hexdigest()
 
     def summary(self) -> str:
-        """One line: what it is."""
+        """One line: what it is, and whether queries are searched among or trained on."""
         seed = "" if self.seed is None else f", seed {self.seed}"
         counts = ", ".join(f"{n} {role}" for role, n in self.counts().items() if n)
         C = len(self.listing.classes)
         kind = f"{C} labels" if self.listing.multilabel else f"{C} classes"
-        return f"{self.dataset}, protocol {self.protocol}{seed}: {counts}; {kind}"
+        shared = ""
+        for role, told in (("database", "in the database"), ("train", "trained on")):
+            if "query" in self.roles and role in self.roles:
+                n = int(torch.isin(self.roles["query"], self.roles[role]).sum())
+                shared += f"; queries also {told}: {n}" if n else ""
+        return f"{self.dataset}, protocol {self.protocol}{seed}: {counts}; {kind}{shared}"
 
     def counts(self) -> dict[str, int]:
         """Images in each role."""
@@ -82,7 +89,8 @@ def _lines(split: Split) -> list[str]:
         for row in split.roles[role].tolist() if role in split.roles else ():
             roles[row].append(role)
     if listing.multilabel:
-        labels = [row.nonzero()[:, 0].tolist() for row in listing.labels]
+        found = iter(listing.labels.nonzero()[:, 1].tolist())
+        labels = [list(islice(found, n)) for n in (listing.labels > 0).sum(dim=1).tolist()]
     else:
         labels = [[label] for label in listing.labels.tolist()]
     rows = zip(roles, labels, listing.names, strict=True)
@@ -95,13 +103,18 @@ def write_split(path: Path, split: Split) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.parent / f"{path.name}.tmp"
     try:
+        if path.is_dir():
+            raise IsADirectoryError("is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(split.head()) + "\n")
-            file.writelines(_lines(split))
-        temporary.replace(path)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(split.head()) + "\n")
+                file.writelines(_lines(split))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--output={path}: cannot be written: {error}") from error
 
@@ -113,43 +126,41 @@ def read_split(path: Path, flag: str = "--split") -> Split:
         UserError: if it cannot be read, was changed, or contradicts itself.
     """
     try:
-        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-        head = json.loads(first)
-        if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise UserError(f"{flag}={path}: is no split; python -m data.splits make writes one")
-        if head.get("version") != VERSION:
-            raise UserError(
-                f"{flag}={path}: has version {head.get('version')}; this code reads {VERSION}"
-            )
-        if hashlib.sha256(rest.encode()).hexdigest() != head["sha256"]:
-            raise UserError(f"{flag}={path}: was changed: its lines do not have its hash")
-        split = _parse(head, rest.splitlines())
+        first, _, rest = path.read_text(encoding="utf-8-sig").partition("\n")
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be read: {error.strerror or error}") from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except UnicodeDecodeError:
+        first = rest = ""
+    head = None
+    with contextlib.suppress(ValueError, RecursionError):
+        head = json.loads(first)
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise UserError(f"{flag}={path}: is no split; python -m data.splits make writes one")
+    if head.get("version") != VERSION:
+        raise UserError(
+            f"{flag}={path}: has version {head.get('version')}; this code reads {VERSION}"
+        )
+    try:
+        if hashlib.sha256(rest.encode()).hexdigest() != head["sha256"]:
+            raise UserError(
+                f"{flag}={path}: was changed: its lines do not have its hash; fetch it again, or "
+                "make another with python -m data.splits make"
+            )
+        return _parse(head, rest.splitlines())
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag}={path}: is damaged, or no split ({detail})") from error
-    return split
+        raise UserError(f"{flag}={path}: is damaged ({detail})") from error
 
 
 def _parse(head: Mapping, lines: Sequence[str]) -> Split:
     rows = [json.loads(line) for line in lines]
     classes = tuple(str(name) for name in head["classes"])
     names = [name for _, _, name in rows]
-    if not all(isinstance(name, str) and name for name in names):
+    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
         raise ValueError("a path that is no text")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+    if any(name.startswith("/") or ".." in PurePosixPath(name).parts for name in names):
         raise ValueError("a path that leads out of the data folder")
-    if head["multilabel"]:
-        labels = torch.zeros(len(rows), len(classes), dtype=torch.uint8)
-        for row, (_, found, _) in enumerate(rows):
-            if not all(0 <= label < len(classes) for label in found):
-                raise ValueError(f"labels {found} of {len(classes)}")
-            labels[row, found] = 1
-    else:
-        labels = torch.tensor([label for _, (label,), _ in rows], dtype=torch.int64)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise ValueError(f"classes outside of 0 to {len(classes) - 1}")
+    labels = _label_tensor([found for _, found, _ in rows], len(classes), head["multilabel"])
     roles: dict[str, list[int]] = {role: [] for role in ROLES}
     for row, (found, _, _) in enumerate(rows):
         for role in found:
@@ -157,8 +168,27 @@ def _parse(head: Mapping, lines: Sequence[str]) -> Split:
     counts = {role: len(rows) for role, rows in roles.items()} | {"images": len(names)}
     if any(head[name] != count for name, count in counts.items()):
         raise ValueError(f"its first line counts otherwise than its lines, {counts}")
+    if not roles["train"] or bool(roles["query"]) != bool(roles["database"]):
+        raise ValueError("it must have images to train on, and queries if it has a database")
     if len(set(names)) < len(names):
         raise ValueError("an image that is there twice")
     listing = Listing(names, labels, classes)
-    tensors = {role: torch.tensor(found, dtype=torch.int64) for role, found in roles.items()}
-    return Split(str(head["dataset"]), str(head["protocol"]), head["seed"], listing, tensors)
+    # as when it was made: a role that no image has is not there
+    held = {role: torch.tensor(found, dtype=torch.int64) for role, found in roles.items() if found}
+    split = Split(str(head["dataset"]), str(head["protocol"]), head["seed"], listing, held)
+    if split.sha256 != head["sha256"]:
+        raise ValueError("its lines are not as this code writes them")
+    return split
+
+
+def _label_tensor(found: Sequence[Sequence[int]], C: int, multilabel: bool) -> Tensor:
+    """Label numbers of each image -> (N,) int64, or (N, C) uint8 of 0 and 1."""
+    for labels in found:
+        if not all(isinstance(label, int) and 0 <= label < C for label in labels):
+            raise ValueError(f"labels {labels}, of 0 to {C - 1}")
+    if not multilabel:
+        return torch.tensor([label for (label,) in found], dtype=torch.int64)
+    rows = torch.zeros(len(found), C, dtype=torch.uint8)
+    row = [i for i, labels in enumerate(found) for _ in labels]
+    rows[row, [label for labels in found for label in labels]] = 1
+    return rows

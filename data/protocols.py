@@ -41,17 +41,21 @@ def per_class(labels: Tensor, queries: float, trained: int | None, seed: int) ->
     Raises:
         UserError: if a class has too few images.
     """
-    member = labels > 0 if labels.dim() == 2 else labels[:, None] == labels.unique()
+    multilabel = labels.dim() == 2
+    sizes = (labels > 0).sum(dim=0) if multilabel else labels.bincount()
+    classes = range(len(sizes)) if multilabel else labels.unique().tolist()
     free = torch.ones(len(labels), dtype=torch.bool)
     order = shuffled(len(labels), seed)
     picked: dict[str, list[Tensor]] = {"query": [], "train": []}
-    for c in member.sum(dim=0).argsort(stable=True).tolist():
-        rows = order[(member[:, c] & free)[order]]
-        asked = queries if queries >= 1 else max(1, int(queries * len(rows)))
+    for c in sorted(classes, key=sizes.tolist().__getitem__):
+        member = labels[:, c] > 0 if multilabel else labels == c
+        rows = order[(member & free)[order]]
+        asked = int(queries) if queries >= 1 else max(1, int(queries * len(rows)))
         wanted = asked + (trained or 0)
         if len(rows) < wanted:
+            left = f" that no rarer one took, of {sizes[c]}" if multilabel else ""
             raise UserError(
-                f"--protocol: wants {wanted} images of each class; class {c} has {len(rows)}"
+                f"--protocol: wants {wanted} images of each class; class {c} has {len(rows)}{left}"
             )
         picked["query"].append(rows[:asked])
         picked["train"].append(rows[asked:wanted])
@@ -88,17 +92,19 @@ def held_out(roles: Roles, seed: int | None) -> Roles:
     """A tenth of the training images as queries instead, and out of the database (`--validate`).
 
     Args:
-        roles: of the split.
+        roles: of the split; what is labelled stays so.
         seed: of a random tenth; None takes the last one, for sets whose order is random already.
+    Raises:
+        UserError: if less than two images are trained on.
     """
     train = roles["train"]
+    if len(train) < 2:
+        raise UserError(f"--validate: wants 2 training images or more, and there are {len(train)}")
     order = train if seed is None else train[shuffled(len(train), seed)]
     kept = len(order) * 9 // 10
-    query = order[kept:]
-    database = roles["database"]
-    return _ascending(
-        train=order[:kept], query=query, database=database[~torch.isin(database, query)]
-    )
+    query, database = order[kept:], roles["database"]
+    rest = database[~torch.isin(database, query)]
+    return _ascending(**{**roles, "train": order[:kept], "query": query, "database": rest})
 
 
 def _ascending(**roles: Tensor) -> Roles:

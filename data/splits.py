@@ -36,22 +36,25 @@ PROTOCOLS = {
     "lists": ("lists",),
 }
 DATASETS = tuple(PROTOCOLS)
+CIFAR = ("cifar10", "cifar100")
 FIXED = "lists"  # the protocol of lists that say themselves what an image is for
 UNLABELLED = "all"  # the protocol of a folder: everything is trained on, nothing evaluated
 TOP_N = {"flickr25k": 5000, "nuswide": 5000}  # the papers'; 1000 for all others
 LIST_FILES = {"train": "train.txt", "query": "test.txt", "database": "database.txt"}
+PART_FOLDERS = ("train", "test")  # above class folders, as many sets are handed out
 SHOWN = 5
 
 PROTOCOL_HELP = (
     "cifar10 and cifar100: spq, the training images are trained on and the database, the test "
     "images the queries; I, 1,000 queries a class (cifar100: 100), the others trained on and the "
-    "database; II, the same, 500 a class trained on; 59k, 100 queries and 500 trained on a class, "
-    "all but the queries the database; gpq, that paper's. flickr25k: spq, 2,000 queries, 5,000 of "
-    "the others trained on; 38-labels, the same with the relevant labels as labels of their own. "
-    "nuswide: 100-500, 100 queries and 500 trained on for each label. folder: all, trained on "
-    "without labels; class-folders, the first folder of a path is its class, a tenth of each are "
-    "queries. A folder with train.txt, test.txt and database.txt has its split already, and "
-    "needs none of these"
+    "database; II, the same, 500 a class (cifar100: 50) trained on; 59k, 100 queries and 500 "
+    "trained on a class, all but the queries the database; gpq, that paper's. flickr25k: spq, "
+    "2,000 queries, 5,000 of the others trained on; 38-labels, the same with the relevant labels "
+    "as labels of their own. nuswide: 100-500, 100 queries and 500 trained on for each label. "
+    "folder: all, trained on without labels; class-folders, the first folder of a path is its "
+    "class, a tenth of each are queries (where the first folders are train and test, the second "
+    "one, and all below test are). A folder with train.txt, test.txt and database.txt has "
+    "its split already, and needs none of these"
 )
 
 
@@ -59,8 +62,8 @@ def load_split(args: Namespace) -> Split:
     """The split that the flags ask for.
 
     Args:
-        args: dataset, data_dir, protocol (None: the paper's), split_seed, split (a file, or None),
-            if_download.
+        args: dataset, data_dir, image_dir (None: data_dir), protocol (None: the paper's),
+            split_seed, split (a file, or None), if_download.
     Raises:
         UserError: if files are missing or damaged, or contradict each other or the flags.
     """
@@ -71,7 +74,16 @@ def load_split(args: Namespace) -> Split:
                 f"--split={args.split}: is of {split.dataset}; allowed is --dataset={split.dataset}"
             )
         return split
-    return _SPLITS[args.dataset](args)
+    if not (args.dataset in CIFAR or args.data_dir.is_dir()):
+        raise UserError(f"--data_dir={args.data_dir}: is not a folder")
+    split = _SPLITS[args.dataset](args)
+    labels = split.listing.labels
+    if split.listing.multilabel and not labels[split.roles["query"]].any():
+        raise UserError(
+            f"--data_dir={args.data_dir}: all labels of the {len(split.roles['query'])} queries "
+            "are 0, so nothing could be scored"
+        )
+    return split
 
 
 def _protocol(args: Namespace) -> str:
@@ -121,20 +133,23 @@ def split_cifar(dataset: str, labels: Tensor, protocol: str, seed: int) -> Split
 def _flickr25k_split(args: Namespace) -> Split:
     """MIRFLICKR's own files, `img.txt` with `targets.txt`, or three lists."""
     folder, protocol = args.data_dir, _protocol(args)
-    if _has_lists(folder):
+    has_lists, has_targets = _has_lists(folder), (folder / "img.txt").is_file()
+    if protocol != "spq" and (has_lists or has_targets):
+        raise UserError(
+            f"--protocol={protocol}: needs MIRFLICKR's annotation files, and {folder} has "
+            f"{'train.txt and test.txt' if has_lists else 'img.txt and targets.txt'}, with labels "
+            "of their own; leave the flag away, or name another --data_dir"
+        )
+    if has_lists:
         return _lists_split(args)
-    if (folder / "img.txt").is_file():
-        if protocol != "spq":
-            raise UserError(
-                f"--protocol={protocol}: needs MIRFLICKR's annotation files; {folder} has img.txt, "
-                "whose targets.txt has the labels that it has"
-            )
-        listing = read_images_and_targets(folder / "img.txt", folder / "targets.txt")
+    if has_targets:
+        listing = _images_and_targets(args)
     else:
-        listing = read_mirflickr(folder, relevant=protocol == "38-labels")
+        listing = read_mirflickr(folder, relevant=protocol == "38-labels", root=args.image_dir)
     N, queries, trained = len(listing.names), 2000, 5000  # of 25,000
     if 2 * (queries + trained) > N:  # a part of the set, for a trial
-        queries, trained, protocol = N * 2 // 25, N // 5, f"{protocol}-in-proportion"
+        queries, trained = max(1, N * 2 // 25), max(1, N // 5)
+        protocol = f"{protocol}-in-proportion"
     roles = at_random(N, queries, trained, args.split_seed)
     return Split("flickr25k", protocol, args.split_seed, listing, roles)
 
@@ -149,9 +164,14 @@ def _nuswide_split(args: Namespace) -> Split:
             f"--data_dir={folder}: has neither train.txt, test.txt and database.txt (lines of a "
             "path and 0 or 1 for each label) nor img.txt and targets.txt"
         )
-    listing = read_images_and_targets(folder / "img.txt", folder / "targets.txt")
+    listing = _images_and_targets(args)
     roles = per_class(listing.labels, 100, 500, args.split_seed)
     return Split("nuswide", _protocol(args), args.split_seed, listing, roles)
+
+
+def _images_and_targets(args: Namespace) -> Listing:
+    images, targets = args.data_dir / "img.txt", args.data_dir / "targets.txt"
+    return read_images_and_targets(images, targets, root=args.image_dir)
 
 
 def _has_lists(folder: Path) -> bool:
@@ -161,10 +181,16 @@ def _has_lists(folder: Path) -> bool:
 def _lists_split(args: Namespace) -> Split:
     """`train.txt`, `test.txt` (the queries) and `database.txt`; without that one, what is trained
     on is the database."""
+    if not _has_lists(args.data_dir):
+        raise UserError(
+            f"--data_dir={args.data_dir}: needs train.txt, test.txt (the queries) and, where it is "
+            "not train.txt, database.txt; a line is a path and its labels, 0 or 1 each, or a path "
+            "and a class number"
+        )
     files = {role: args.data_dir / name for role, name in LIST_FILES.items()}
     if not files["database"].is_file():
         files["database"] = files["train"]
-    listings = {role: read_label_list(path) for role, path in files.items()}
+    listings = {role: read_label_list(path, root=args.image_dir) for role, path in files.items()}
     return join_lists(args.dataset, listings, args.data_dir)
 
 
@@ -199,30 +225,53 @@ def join_lists(dataset: str, listings: dict[str, Listing], folder: Path) -> Spli
 
 def _folder_split(args: Namespace) -> Split:
     """A person's own pictures: all are trained on. By `class-folders` the first folder of a path is
-    its class, and a tenth of each class are queries."""
-    if not args.data_dir.is_dir():
-        raise UserError(f"--data_dir={args.data_dir}: is not a folder of images")
+    its class, and a tenth of each class are queries; or, below `train` and `test`, the second one,
+    and the images below `test` are."""
     source = open_images(str(args.data_dir), args.data_dir, flag="--data_dir")
+    if source.faults:
+        name, reason = source.faults[0]
+        raise UserError(
+            f"--data_dir={args.data_dir}: {len(source.faults)} folders cannot be read, {name!r} "
+            f"for one ({reason}); make them readable, or move them away"
+        )
     names = [name.replace(os.sep, "/") for name in source.names]
     if _protocol(args) == UNLABELLED:
         labels, classes = torch.zeros(len(names), dtype=torch.int64), ("image",)
         roles = {"train": torch.arange(len(names))}
         return Split("folder", UNLABELLED, None, Listing(names, labels, classes), roles)
-    loose = [name for name in names if "/" not in name]
+    return _class_folders(names, args)
+
+
+def _class_folders(names: list[str], args: Namespace) -> Split:
+    tops = {name.partition("/")[0] for name in names if "/" in name}
+    parted = tops == set(PART_FOLDERS)
+    inner = [name.partition("/")[2] if parted else name for name in names]
+    loose = [name for name, rest in zip(names, inner, strict=True) if "/" not in rest]
     if loose:
         raise UserError(
             f"--protocol=class-folders: {len(loose)} images lie in no class folder, {loose[0]!r} "
             "for one; move them into one, or leave the flag away"
         )
-    classes = tuple(sorted({name.partition("/")[0] for name in names}))
+    mine = [rest.partition("/")[0] for rest in inner]
+    classes = tuple(sorted(set(mine)))
+    if len(classes) < 2:
+        raise UserError(
+            f"--protocol=class-folders: all images lie in {classes[0]!r}, and needed are two "
+            "classes; name the folder of the class folders, or leave the flag away"
+        )
     number = {name: c for c, name in enumerate(classes)}
-    labels = torch.tensor([number[name.partition("/")[0]] for name in names])
+    labels = torch.tensor([number[name] for name in mine])
+    listing = Listing(names, labels, classes)
+    if parted:
+        is_query = torch.tensor([name.startswith("test/") for name in names])
+        others = (~is_query).nonzero()[:, 0]
+        roles = {"train": others, "query": is_query.nonzero()[:, 0], "database": others}
+        return Split("folder", "class-folders", None, listing, roles)
     smallest = int(labels.bincount().min())
     if smallest < 2:
         few = classes[int(labels.bincount().argmin())]
         raise UserError(f"--protocol=class-folders: class {few!r} has one image; needed are two")
     roles = per_class(labels, 0.1, None, args.split_seed)
-    listing = Listing(names, labels, classes)
     return Split("folder", "class-folders", args.split_seed, listing, roles)
 
 
@@ -269,13 +318,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{split.summary()}\nsha256 {split.sha256}\nwrote {args.output}")
         return 0
     split = read_split(args.file, flag="split")
+    root = args.image_dir or args.data_dir
+    if split.dataset not in CIFAR and not root.is_dir():
+        flag = "data_dir" if args.image_dir is None else "image_dir"
+        raise UserError(f"--{flag}={root}: is not a folder")
     print(f"{split.summary()}\nsha256 {split.sha256}, as its lines have it")
-    if split.dataset.startswith("cifar"):
-        args = Namespace(dataset=split.dataset, data_dir=args.data_dir, if_download=False)
+    if split.dataset in CIFAR:
+        args = Namespace(
+            dataset=split.dataset, data_dir=args.data_dir, if_download=args.if_download
+        )
         same = torch.equal(cifar_pool(args).labels, split.listing.labels)
-        print(f"{len(split.listing.names)} images, by hash" if same else "labels are not the set's")
+        told = "by hash" if same else f"but not the labels of {split.dataset}; make another split"
+        print(f"{len(split.listing.names)} images, {told}")
         return 0 if same else 1
-    faults = find_faults(split, args.image_dir or args.data_dir, args.decode)
+    faults = find_faults(split, root, args.decode)
     told = "read whole" if args.decode else "there"
     print(f"{len(split.listing.names) - len(faults)} of {len(split.listing.names)} images {told}")
     for name, reason in faults[:SHOWN]:
@@ -292,14 +348,16 @@ def _parse_args(argv: Sequence[str] | None) -> Namespace:
     check = commands.add_parser("check", help="compare a split with the images that are there")
     make.add_argument("--dataset", required=True, choices=DATASETS)
     make.add_argument("--protocol", help=PROTOCOL_HELP)
-    make.add_argument("--split_seed", type=int, default=0, help="of what is drawn at random")
+    make.add_argument("--split_seed", type=_seed, default=0, help="of what is drawn at random")
     make.add_argument("--output", type=Path, required=True, metavar="FILE", help="to write")
-    make.set_defaults(split=None, if_download=False)
+    make.set_defaults(split=None)
     check.add_argument("file", type=Path, metavar="SPLIT")
-    check.add_argument("--image_dir", type=Path, help="that paths are relative to, if another")
     check.add_argument("--decode", action="store_true", help="also read every image")
     for command in (make, check):
-        command.add_argument("--data_dir", type=Path, required=True, metavar="DIR")
+        flag = command.add_argument
+        flag("--data_dir", type=Path, required=True, metavar="DIR", help="where the set is")
+        flag("--image_dir", type=Path, metavar="DIR", help="that paths are relative to, if another")
+        flag("--if_download", action="store_true", help="fetch CIFAR if it is not there")
     args = parser.parse_args(argv)
     if args.command == "make" and args.protocol not in (None, *PROTOCOLS[args.dataset]):
         parser.error(
@@ -308,8 +366,16 @@ def _parse_args(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{value}: allowed is 0 to {2**31 - 1}")
+    return value
+
+
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, OSError) as fault:  # 2, as the main scripts; 1 is what `check` found
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)

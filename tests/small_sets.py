@@ -1,4 +1,4 @@
-"""Small sets in the exact layouts of FLICKR25K and NUS-WIDE, each label with a colour of its own."""
+"""Small sets in the exact layouts of FLICKR25K and NUS-WIDE; each label has its colour."""
 
 from pathlib import Path
 

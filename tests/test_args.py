@@ -148,10 +148,6 @@ def test_contradictions_are_named(capsys):
         (["--pretrained", "--weights=x.pth"], "--weights: contradicts --pretrained"),
         (["--freeze_trunk"], "--freeze_trunk: a trunk without weights"),
         (["--cached_views=4"], "--cached_views: a trunk that learns"),
-        (
-            ["--cached_views=1", "--freeze_trunk", "--weights=x"],
-            "--cached_views=1: a step takes two",
-        ),
         (["--dataset=flickr25k"], "--dataset=flickr25k: needs --data_dir"),
         (["--protocol=I", "--split=x"], "--protocol: contradicts --split"),
         (

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -49,11 +50,14 @@ class Ranks:
             _signals = dist.new_group(backend="gloo", timeout=timeout)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Model for training: synchronised batch norm and averaged gradients if there are ranks."""
+        """Model for training: synchronised batch norm and averaged gradients if there are ranks.
+
+        The norms of a part whose parameters are all frozen stay as they are.
+        """
         if self.world_size == 1:
             return model
         on_gpu = next(model.parameters()).device.type == "cuda"
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpu else _globalise(model)
+        _replace_norms(model, _synchronised if on_gpu else _globalised)
         # the statistics are equal on all ranks already: no need to broadcast them each forward
         known = inspect.signature(DistributedDataParallel).parameters
         new = "forward_sync_buffers"  # the name in newer releases of torch
@@ -126,7 +130,8 @@ class _GlobalNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):  # noqa: ANN001
         values = x if x.dtype == torch.float64 else x.float()
-        local = torch.stack(torch.var_mean(values, dim=(0, 2, 3), correction=0))  # (2, C)
+        dims = [0, *range(2, x.dim())]  # all but the channels
+        local = torch.stack(torch.var_mean(values, dim=dims, correction=0))  # (2, C)
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, local)
         var, mean = torch.stack(parts).unbind(1)  # (ranks, C) each
@@ -152,20 +157,24 @@ class _GlobalNorm(torch.autograd.Function):
         scale = weight * torch.rsqrt(var + ctx.eps)
         slope = -scale * torch.rsqrt(var + ctx.eps) * sums[0] / n
         shift = -scale * sums[1] / n - slope * mean
-        dx = dx.addcmul_(values, slope[:, None, None]).add_(shift[:, None, None])
+        channels = (-1, *[1] * (values.dim() - 2))  # (C, 1, 1) for images
+        dx = dx.addcmul_(values, slope.view(channels)).add_(shift.view(channels))
         return dx.to(ctx.dtype), dweight, dbias, None
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the images of all ranks, on any device.
 
     torch's SyncBatchNorm does the same faster, but on GPUs only. Every rank must bring the same
-    number of images. State and evaluation are those of BatchNorm2d.
+    number of images. State and evaluation are those of BatchNorm1d and BatchNorm2d, whichever it
+    stands for. With timm's BatchNormAct2d come `drop` and `act`, which follow the norm.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
+        x = self._normed(x) if self.training else super().forward(x)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
+
+    def _normed(self, x: Tensor) -> Tensor:
         out, mean, var = _GlobalNorm.apply(x, self.weight, self.bias, self.eps)
         n = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
@@ -174,16 +183,38 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(var * (n / max(1, n - 1)), self.momentum)
         return out
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"images or rows are expected, (N, C, ...), not {tuple(x.shape)}")
 
-def _globalise(module: nn.Module) -> nn.Module:
-    """Replace every BatchNorm2d below `module` by a GlobalBatchNorm2d with its very tensors."""
+
+def _globalised(norm: nn.Module) -> GlobalBatchNorm:
+    """A GlobalBatchNorm with the very tensors of a batch norm."""
+    synced = GlobalBatchNorm(norm.num_features, norm.eps, norm.momentum)
+    synced.weight, synced.bias = norm.weight, norm.bias
+    synced.running_mean, synced.running_var = norm.running_mean, norm.running_var
+    synced.num_batches_tracked = norm.num_batches_tracked
+    for name, child in norm.named_children():  # timm's drop and act
+        synced.add_module(name, child)
+    return synced.train(norm.training)
+
+
+def _synchronised(norm: nn.Module) -> nn.Module:
+    """torch's SyncBatchNorm in place of a batch norm, or timm's with drop and activation."""
+    if not hasattr(norm, "act"):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(norm)
+
+
+def _replace_norms(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> None:
+    """Another batch norm for each one below `module` that learns."""
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d) and not isinstance(child, GlobalBatchNorm2d):
-            synced = GlobalBatchNorm2d(child.num_features, child.eps, child.momentum)
-            synced.weight, synced.bias = child.weight, child.bias
-            synced.running_mean, synced.running_var = child.running_mean, child.running_var
-            synced.num_batches_tracked = child.num_batches_tracked
-            setattr(module, name, synced)
+        learns = [p.requires_grad for p in child.parameters()]
+        if learns and not any(learns):
+            continue  # frozen
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, replace(child))
         else:
-            _globalise(child)
-    return module
+            _replace_norms(child, replace)

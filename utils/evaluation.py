@@ -29,16 +29,23 @@ def as_batches(images: Rows, size: int, device: torch.device) -> Iterator[Tensor
     """uint8 (N, 3, H, W) -> float batches in [0, 1], resized to `size` if need be; features (N, F)
     or (N, 1, F) -> float batches (B, F)."""
     features = len(images.shape) < 4
-    most = EVAL_BATCH if features else max(LEAST_BATCH, min(EVAL_BATCH, EVAL_PIXELS // size**2))
+    most = EVAL_BATCH if features else images_at_once(size)
     for start in range(0, len(images), most):
-        batch = images[start : start + most].to(device).float()
-        if features:
-            yield batch.flatten(1)
-            continue
-        batch = batch / 255.0
-        if batch.shape[-2:] != (size, size):
-            batch = F.interpolate(batch, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        yield batch
+        batch = images[start : start + most].to(device)
+        yield batch.float().flatten(1) if features else to_unit(batch, size)
+
+
+def images_at_once(size: int) -> int:
+    """How many images of that side go through a network together when it does not learn."""
+    return max(LEAST_BATCH, min(EVAL_BATCH, EVAL_PIXELS // size**2))
+
+
+def to_unit(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> float in [0, 1], resized to `size` if need be."""
+    images = images.float() / 255.0
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 @torch.no_grad()

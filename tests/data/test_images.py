@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data.images
 from data.images import (
     Cifar10Images,
     ImageError,
@@ -138,6 +139,118 @@ def test_exif_orientation(tmp_path, orientation, turn):
     assert close(pixel(image, "top left"), (0, 0, 255))
     assert close(pixel(image, "bottom left"), RED)
     assert close(pixel(image, "top right"), GREEN)
+
+
+# --- JPEG by torchvision ------------------------------------------------------------------------
+
+needs_decoder = pytest.mark.skipif(data.images.decode_jpeg is None, reason="torchvision has none")
+
+
+def textured(size, mode="RGB"):
+    """Colours and edges, unlike in every block."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
+    noise = rng.normal(0, 20, (size[1], size[0], 3))
+    pixels = np.asarray(small.resize(size, Image.Resampling.BICUBIC)) + noise
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).convert(mode)
+
+
+def by_pillow(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    """How often torchvision's decoder gave an image, and how often it refused."""
+    outcomes = []
+    decode = data.images.decode_jpeg
+
+    def spy(*args, **kwargs):
+        outcomes.append("refused")
+        found = decode(*args, **kwargs)
+        outcomes[-1] = "decoded"
+        return found
+
+    monkeypatch.setattr(data.images, "decode_jpeg", spy)
+    return outcomes
+
+
+@needs_decoder
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}])
+def test_torchvision_decodes_the_pixels_of_pillow(tmp_path, decoder, mode, subsampling, options):
+    for size in ((64, 48), (61, 35), (1, 1), (17, 8)):
+        path = tmp_path / f"{size[0]}.jpg"
+        textured(size, mode).save(path, subsampling=subsampling, **options)
+        image = read_image(path)
+        assert image.mode == "RGB"
+        assert (np.asarray(image) == by_pillow(path)).all()
+    assert decoder == ["decoded"] * 4
+
+
+@needs_decoder
+def test_reduced_cmyk_and_other_files_are_left_to_pillow(tmp_path, decoder):
+    textured((640, 480)).save(tmp_path / "large.jpg")
+    assert read_image(tmp_path / "large.jpg", side=32).size == (320, 240)
+    textured((40, 30), "CMYK").save(tmp_path / "cmyk.jpg")
+    textured((40, 30)).save(tmp_path / "x.png")
+    read_image(tmp_path / "cmyk.jpg")
+    read_image(tmp_path / "x.png")
+    assert decoder == []
+    read_image(tmp_path / "large.jpg", side=64)  # not eight times that
+    assert decoder == ["decoded"]
+
+
+def xmp(orientation):
+    """Metadata of the kind that photo programs write beside EXIF."""
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        f'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/>'
+        "</rdf:RDF></x:xmpmeta>"
+    ).encode()
+
+
+@needs_decoder
+@pytest.mark.parametrize("kind", ["exif", "xmp"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_torchvision_images_are_upright_too(tmp_path, decoder, monkeypatch, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    told = {"exif": exif} if kind == "exif" else {"xmp": xmp(orientation)}
+    textured((32, 24)).save(tmp_path / "x.jpg", **told)
+    found = read_image(tmp_path / "x.jpg")
+    assert decoder == ["decoded"]
+    assert found.size == ((24, 32) if orientation == 6 else (32, 24))
+    monkeypatch.setattr(data.images, "decode_jpeg", None)
+    assert (np.asarray(found) == np.asarray(read_image(tmp_path / "x.jpg"))).all()
+
+
+@needs_decoder
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.99])
+def test_a_truncated_jpeg_is_refused_as_pillow_refuses_it(tmp_path, decoder, monkeypatch, share):
+    content = io.BytesIO()
+    textured((64, 48)).save(content, "JPEG")
+    (tmp_path / "x.jpg").write_bytes(content.getvalue()[: int(share * content.tell())])
+    reasons = []
+    for _ in range(2):
+        with pytest.raises(ImageError) as caught:
+            read_image(tmp_path / "x.jpg")
+        reasons.append(str(caught.value))
+        monkeypatch.setattr(data.images, "decode_jpeg", None)
+    assert reasons[0] == reasons[1]
+    assert decoder in ([], ["refused"])  # Pillow may not even open it
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_without_torchvision_s_decoder(tmp_path, monkeypatch, mode):
+    textured((64, 48), mode).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(data.images, "decode_jpeg", None)
+    image = read_image(tmp_path / "x.jpg")
+    assert image.mode == "RGB"
+    assert (np.asarray(image) == by_pillow(tmp_path / "x.jpg")).all()
 
 
 def test_damaged_exif_data_does_not_cost_the_picture(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from losses import contrastive_loss, cqc_loss
-from models import SPQ, build_quantizer, build_trunk
+from models import SPQ, build_quantizer, build_spq, build_trunk
 
 
 def small(kind="soft"):
@@ -55,3 +55,68 @@ def test_every_parameter_gets_a_gradient(kind, loss):
 def test_unknown_trunk_is_named():
     with pytest.raises(ValueError, match=r"resnet19.*resnet18"):
         build_trunk("resnet19", 8)
+
+
+def frozen(arch, width):
+    model = build_spq(arch, width, "soft", M=4, K=8, d=4, input_size=32)
+    model.freeze_trunk()
+    return model
+
+
+NETWORKS = [("resnet18", 8), ("test_efficientnet", 64), ("test_vit", 64)]
+
+
+@pytest.mark.parametrize(("arch", "width"), NETWORKS)
+def test_a_frozen_trunk_stays_as_it_was_while_head_and_codebooks_learn(arch, width):
+    model = frozen(arch, width)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    # a careless optimizer: of all parameters, and with weight decay
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        model.train()
+        optimizer.zero_grad()
+        x_a, z_a = model(torch.rand(8, 3, 32, 32))
+        x_b, z_b = model(torch.rand(8, 3, 32, 32))
+        cqc_loss(x_a, x_b, z_a, z_b, tau=0.5).backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("trunk."), name
+    assert all(p.grad is None for p in model.trunk.parameters())
+
+
+def test_a_trunk_that_learns_does_move():
+    model = build_spq("test_efficientnet", 64, "soft", M=4, K=8, d=4, input_size=32)
+    assert model.train().trunk.training
+    before = {name: value.clone() for name, value in model.trunk.named_buffers()}
+    model(torch.rand(8, 3, 32, 32))
+    moved = [n for n, v in model.trunk.named_buffers() if not torch.equal(v, before[n])]
+    assert "net.bn1.running_mean" in moved
+
+
+def test_a_frozen_trunk_is_always_in_evaluation_mode():
+    model = small().train()
+    model.freeze_trunk()  # from here on, not from the next `train`
+    for mode in (True, False, True):
+        assert not any(module.training for module in model.trunk.modules())
+        assert model.training == model.head.training == model.quantizer.training
+        assert model.train(mode) is model
+        assert model.training == model.head.training == mode
+    assert not any(p.requires_grad for p in model.trunk.parameters())
+    assert all(p.requires_grad for p in [*model.head.parameters(), model.quantizer.codebooks])
+
+
+@pytest.mark.parametrize(("arch", "width"), NETWORKS)
+def test_features_are_described_as_their_images(arch, width):
+    model = frozen(arch, width)
+    images = torch.rand(4, 3, 32, 32)
+    features = model.trunk(images)
+    assert features.shape == (4, model.trunk.feature_dim)
+    assert torch.equal(model.describe(features), model.describe(images))
+    assert torch.equal(model.encode(features), model.encode(images))
+    for a, b in zip(model(features), model(images), strict=True):
+        assert torch.equal(a, b)
+    # as they are kept: 11 bits
+    half = model.describe(features.half())
+    assert half.dtype == torch.float32
+    scale = model.describe(images).abs().max().item()
+    torch.testing.assert_close(half, model.describe(images), rtol=0, atol=0.01 * scale)

@@ -10,21 +10,47 @@ import pytest
 import small_cifar
 import torch
 import torch.multiprocessing as mp
+from timm.layers import BatchNormAct2d
+from torch import nn
 
 import main_SPQ
+from data.augment import AUGMENTATIONS
 from losses import cqc_loss
 from models import SPQ, build_quantizer, build_trunk
 from utils.checkpoint import LAST, load_checkpoint
-from utils.distributed import GlobalBatchNorm2d, Ranks
+from utils.distributed import GlobalBatchNorm, Ranks, _globalised, _replace_norms, _synchronised
 from utils.loop import AGREE_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 B = 8  # images of the global batch
+KINDS = ("own", "timm", "frozen", "rows")
 
 
-def build():
+class Rows(nn.Module):
+    """A trunk with a norm over rows, as some transformers have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 24), nn.BatchNorm1d(24))
+        self.feature_dim = 24
+
+    def forward(self, images):
+        return self.net(images).sin()
+
+
+def build(kind="own"):
     torch.manual_seed(0)
-    return SPQ(build_trunk("resnet18", 8), build_quantizer("soft", 4, 8, 4)).double().train()
+    if kind == "rows":
+        trunk = Rows()
+    elif kind == "own":
+        trunk = build_trunk("resnet18", 8)
+    else:  # its norms have the activation in them
+        trunk = build_trunk("test_efficientnet", input_size=16)
+    model = SPQ(trunk, build_quantizer("soft", 4, 8, 4)).double().train()
+    if kind == "frozen":
+        model.trunk(views()[0])  # statistics of its own
+        model.freeze_trunk()
+    return model
 
 
 def views():
@@ -32,9 +58,9 @@ def views():
     return [torch.rand(B, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
-def one_step(ranks, variant):
+def one_step(ranks, variant, kind="own"):
     """Loss, gradients and running statistics of one step on this rank's share."""
-    model = build()
+    model = build(kind)
     wrapped = ranks.wrap(model)
     share = B // ranks.world_size
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
@@ -42,7 +68,7 @@ def one_step(ranks, variant):
     x_b, z_b = wrapped(views()[1][mine])
     loss = cqc_loss(*ranks.gather(x_a, x_b, z_a, z_b), tau=0.5, variant=variant)
     loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return loss.detach(), grads, dict(model.named_buffers())
 
 
@@ -57,7 +83,8 @@ def child(rank, folder, port, variant):
     torch.set_num_threads(1)
     ranks = Ranks.from_environment()
     ranks.connect(torch.device("cpu"))
-    torch.save(one_step(ranks, variant), f"{folder}/{rank}.pt")
+    for kind in KINDS:
+        torch.save(one_step(ranks, variant, kind), f"{folder}/{kind}{rank}.pt")
     assert ranks.max(rank) == 1
     assert ranks.collect(rank * 10) == [0, 10]
     ranks.disconnect()
@@ -71,20 +98,36 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("variant", ["released", "paper"])
-def test_two_processes_equal_one_on_the_same_global_batch(tmp_path, variant):
-    loss, grads, buffers = one_step(Ranks(), variant)
-    mp.spawn(child, args=(str(tmp_path), free_port(), variant), nprocs=2)
+@pytest.fixture(scope="module", params=["released", "paper"])
+def two_processes(request, tmp_path_factory):
+    """The loss's variant, and the folder with what each process found with each network."""
+    folder = tmp_path_factory.mktemp(request.param)
+    mp.spawn(child, args=(str(folder), free_port(), request.param), nprocs=2)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one_on_the_same_global_batch(two_processes, kind):
+    variant, folder = two_processes
+    loss, grads, buffers = one_step(Ranks(), variant, kind)
     for rank in range(2):
-        got_loss, got_grads, got_buffers = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        found = torch.load(folder / f"{kind}{rank}.pt", weights_only=True)
+        got_loss, got_grads, got_buffers = found
         # float64 throughout; sums in another order cost some units in the last place
         torch.testing.assert_close(got_loss, loss, rtol=1e-12, atol=0)
         assert got_grads.keys() == grads.keys()
+        largest = max(grad.abs().max().item() for grad in grads.values())
         for name in grads:
-            scale = grads[name].abs().max().item()
+            # what the next norm takes out again has no gradient but rounding
+            scale = max(grads[name].abs().max().item(), 1e-6 * largest)
             torch.testing.assert_close(got_grads[name], grads[name], rtol=0, atol=1e-9 * scale)
+        assert got_buffers.keys() == buffers.keys()
         for name in buffers:
             torch.testing.assert_close(got_buffers[name], buffers[name], rtol=1e-10, atol=1e-12)
+    start = dict(build(kind).named_buffers())
+    moved = [name for name in buffers if not torch.equal(buffers[name], start[name])]
+    assert bool(moved) == (kind != "frozen")
+    assert any(name.startswith("trunk.") for name in grads) == (kind != "frozen")
 
 
 def test_one_process_is_left_alone():
@@ -96,12 +139,64 @@ def test_one_process_is_left_alone():
     assert Ranks().collect("a") == ["a"]
 
 
-def test_global_batch_norm_evaluates_as_batch_norm():
-    plain, synced = torch.nn.BatchNorm2d(3), GlobalBatchNorm2d(3)
-    plain(torch.randn(4, 3, 5, 5))
+@pytest.mark.parametrize("plain", [nn.BatchNorm2d, nn.BatchNorm1d])
+def test_global_batch_norm_evaluates_as_batch_norm(plain):
+    plain, synced = plain(3), GlobalBatchNorm(3)
+    shape = (3, 5, 5) if isinstance(plain, nn.BatchNorm2d) else (3,)
+    plain(torch.randn(4, *shape))
     synced.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 3, 5, 5)
+    x = torch.randn(2, *shape)
     assert torch.equal(plain.eval()(x), synced.eval()(x))
+
+
+REPLACEMENTS = {"cpu": _globalised, "gpu": _synchronised}
+CLASSES = {"cpu": GlobalBatchNorm, "gpu": nn.SyncBatchNorm}
+
+
+@pytest.mark.parametrize("device", REPLACEMENTS)
+@pytest.mark.parametrize("kind", ["own", "timm", "rows"])
+def test_replaced_norms_evaluate_as_before_under_their_names(device, kind):
+    model = build(kind)
+    model(views()[0])
+    want = model.eval()(views()[1])
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    held = {name: id(p) for name, p in model.named_parameters()}
+    _replace_norms(model, REPLACEMENTS[device])
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, CLASSES[device]) for norm in norms)
+    assert not any(norm.training for norm in norms)
+    for a, b in zip(model(views()[1]), want, strict=True):
+        assert torch.equal(a, b)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+    assert {name: id(p) for name, p in model.named_parameters()} == held  # an optimizer's too
+
+
+@pytest.mark.parametrize("device", REPLACEMENTS)
+def test_activation_and_dropout_of_a_norm_stay(device):
+    norm = BatchNormAct2d(3, act_layer=nn.PReLU, drop_layer=nn.Dropout)
+    model = nn.Sequential(norm)
+    names = list(model.state_dict())
+    assert "0.act.weight" in names
+    _replace_norms(model, REPLACEMENTS[device])
+    assert model[0] is not norm
+    assert model[0].act is norm.act
+    assert model[0].drop is norm.drop
+    assert list(model.state_dict()) == names
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.eval()(x), norm.eval()(x))
+
+
+@pytest.mark.parametrize("device", REPLACEMENTS)
+def test_a_frozen_trunk_s_norms_stay_as_they_are(device):
+    model = build("frozen")
+    before = list(model.trunk.modules())
+    _replace_norms(model, REPLACEMENTS[device])
+    after = list(model.trunk.modules())
+    assert len(before) == len(after)
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert not any(module.training for module in after)
 
 
 def torchrun(small_files, output_dir, *flags):
@@ -137,7 +232,7 @@ def test_main_s_own_step_equals_that_of_one_process(parts, small_files, small_se
     two = torchrun(small_files, tmp_path / "two", *sgd, "--views=same", f"--accumulate={parts}")
     assert two.returncode == 0, two.stderr
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(main_SPQ.AUGMENTATIONS, "kornia", small_cifar.SameViews)
+        patch.setitem(AUGMENTATIONS, "kornia", small_cifar.SameViews)
         flags = [f"--data_dir={small_files}", f"--output_dir={tmp_path / 'one'}", *sgd]
         main_SPQ.main([*small_cifar.FAST, *flags])
     losses = []

@@ -10,9 +10,12 @@ from utils.muon import Muon
 from utils.optimizers import OPTIMIZERS, build_optimizers, restore_optimizer, set_lr
 
 
-def build(name, **changed):
+def build(name, arch="resnet18", freeze=False, **changed):
     torch.manual_seed(0)
-    model = build_spq("resnet18", 4, "soft", M=2, K=4, d=4)
+    width = 4 if arch == "resnet18" else 64
+    model = build_spq(arch, width, "soft", M=2, K=4, d=4)
+    if freeze:
+        model.freeze_trunk()
     flags = {"optimizer": name, "lr": 0.01, "muon_lr": 0.2, "weight_decay": 0.1}
     return model, build_optimizers(Namespace(**(flags | {"cuda_graph": False} | changed)), model)
 
@@ -65,3 +68,51 @@ def test_restored_state_keeps_this_run_s_settings():
             assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(ValueError, match="parameter group"):
         restore_optimizer(adam_2, muon.state_dict())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("arch", ["resnet18", "test_efficientnet"])
+def test_frozen_parameters_are_left_to_no_optimizer(name, arch):
+    model, optimizers = build(name, arch, freeze=True, weight_decay=0.5)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    learning = [*model.head.parameters(), model.quantizer.codebooks]
+    assert sorted(held) == sorted(id(p) for p in learning)
+    assert len(optimizers) == 1  # nothing is left for Muon
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)  # of the trunk too: decay and momentum must not reach it
+    for optimizer in optimizers:
+        optimizer.step()
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n]) == n.startswith("trunk."), n
+
+
+def test_muon_leaves_kernels_of_groups_and_with_a_bias_to_adam():
+    model, (muon, adam) = build("muon", "test_efficientnet")
+    modules = dict(model.named_modules())
+    taken = {id(p) for p in muon.param_groups[0]["params"]}
+    rest = {id(p) for p in adam.param_groups[0]["params"]}
+    kinds = {True: 0, False: 0}
+    for name, module in modules.items():
+        if isinstance(module, torch.nn.Conv2d):
+            whole = module.bias is None and module.groups == 1 and module.in_channels > 3
+            assert (id(module.weight) in taken, id(module.weight) in rest) == (whole, not whole)
+            kinds[whole] += 1
+            if "conv_dw" in name or "se." in name:
+                assert not whole, name
+    assert min(kinds.values()) > 3
+    assert len(taken) + len(rest) == len(list(model.parameters()))
+
+
+def test_a_frozen_run_s_state_is_restored():
+    _, (adam,) = build("muon", freeze=True)
+    for p in adam.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    adam.step()
+    _, (again,) = build("muon", freeze=True)
+    restore_optimizer(again, adam.state_dict())
+    moments = [state["exp_avg"] for state in again.state.values()]
+    assert len(moments) == 5
+    for got, want in zip(again.state.values(), adam.state.values(), strict=True):
+        assert torch.equal(got["exp_avg"], want["exp_avg"])

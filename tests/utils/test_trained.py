@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from small_images import ARGS, save_model
 
+from models import build_spq
+from models.trunks import TimmTrunk
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.trained import MODEL, identify, load_trained, save_trained
+from utils.trained import MODEL, Trained, identify, load_trained, save_trained
 
 
 def test_weights_come_back_as_they_were(tmp_path, tiny_model):
@@ -116,3 +119,82 @@ def test_a_small_file_cannot_ask_for_much_memory(tmp_path, tiny_model):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="weights that are larger than their file"):
         load_trained(tmp_path / "x.pt")
+
+
+def timm_model(path, arch, stem, input_size):
+    args = ARGS | {"arch": arch, "stem": stem, "width": 64, "input_size": input_size}
+    model = build_spq(arch, 64, "soft", 4, 16, 4, stem=stem, input_size=input_size).eval()
+    save_trained(path, Trained(model, "SPQ", args, identify("SPQ", args, model)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arch", "stem", "size"),
+    [
+        ("test_efficientnet", "imagenet", 32),
+        ("test_vit", "imagenet", 48),
+        ("resnet18", "imagenet", 32),
+        ("resnet34", "cifar", 16),
+    ],
+)
+def test_a_timm_trunk_comes_back(tmp_path, arch, stem, size):
+    model = timm_model(tmp_path / "model.pt", arch, stem, size)
+    trained = load_trained(tmp_path)
+    assert isinstance(trained.model.trunk, TimmTrunk)
+    assert trained.identity == identify("SPQ", trained.args, model)
+    assert not any(module.training for module in trained.model.modules())
+    images = torch.rand(3, 3, size, size)
+    assert torch.equal(trained.model.describe(images), model.describe(images))
+    assert torch.equal(trained.model.encode(images), model.encode(images))
+
+
+def test_a_timm_trunk_loads_where_timm_reads_rates_while_it_builds(tmp_path, monkeypatch):
+    timm_model(tmp_path / "model.pt", "test_vit", "imagenet", 32)
+    create, rates = timm.create_model, []
+
+    def older(*args, **kwargs):
+        rates.append(torch.linspace(0, 1, 3).tolist())  # on no device that has no numbers
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", older)
+    load_trained(tmp_path)
+    assert rates == 2 * [[0.0, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arch": "vit_giant_patch14_224"}, "weights of another shape"),
+        ({"arch": "hf-hub:timm/test_vit"}, "unknown arch"),
+        ({"arch": ["test_vit"]}, "do not fit"),
+        ({"stem": "cifar"}, "has no CIFAR stem"),
+        ({"width": 8}, "width 8"),
+        ({"input_size": 64}, "weights of another shape"),
+        ({"input_size": 10**6}, "input_size 1000000"),
+    ],
+)
+def test_flags_that_do_not_fit_a_timm_trunk_are_refused(tmp_path, monkeypatch, change, message):
+    timm_model(tmp_path / "x.pt", "test_vit", "imagenet", 32)
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    content["args"] |= change
+    torch.save(content, tmp_path / "x.pt")
+    # only for a network that has its memory: a file must not be able to ask for a giant's
+    monkeypatch.setattr(TimmTrunk, "_try", lambda *_: pytest.fail("was built"))
+    with pytest.raises(UserError, match=rf"x\.pt: is damaged: .*{message}"):
+        load_trained(tmp_path / "x.pt")
+
+
+def test_files_from_before_there_were_stems_are_who_they_were(tmp_path):
+    assert "stem" not in ARGS
+    model = build_spq("resnet18", 8, "soft", 4, 16, 4)
+    with torch.no_grad():
+        for number, value in enumerate(model.state_dict().values()):
+            value.fill_(number)
+    # as the code of that time found it, which indices and their users' logs hold
+    known = "f3d311d119645dbe04ff1da3ba3d415133b7a0d98e6fe6dbe7d7cc4d276f7610"
+    assert identify("SPQ", ARGS, model) == known
+    save_trained(tmp_path / "model.pt", Trained(model, "SPQ", ARGS, known))
+    assert load_trained(tmp_path).identity == known
+    now = ARGS | {"stem": "cifar", "pretrained": False, "weights": None, "freeze_trunk": False}
+    save_trained(tmp_path / "model.pt", Trained(model, "SPQ", now, known))
+    assert load_trained(tmp_path).identity == known
