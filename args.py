@@ -270,7 +270,7 @@ def add_model_flags(parser: Parser) -> None:
         default=0,
         metavar="N",
         help="with --freeze_trunk: each image itself and so many random views of it go through the "
-        "trunk, once, and each step takes two of these; 3 do. 0: new views at each step",
+        "trunk, once, and each step takes two of these; 1 does. 0: new views at each step",
     )
     flag(
         "--N_books",

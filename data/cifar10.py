@@ -349,8 +349,7 @@ if __name__ == "__main__":
         load_cifar10(words.data_dir, download=True)
         print(f"CIFAR-10 is complete in {words.data_dir}")
         if words.export:
-            print(
-                f"{export_png(words.data_dir, words.export, words.size)} PNG files in {words.export}"
-            )
+            written = export_png(words.data_dir, words.export, words.size)
+            print(f"{written} PNG files in {words.export}")
     except UserError as error:
         sys.exit(f"error: {error}")

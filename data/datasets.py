@@ -57,7 +57,8 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
 
     Args:
         args: dataset, data_dir, image_dir, protocol, split, split_seed, if_download, validate,
-            skip_missing, input_size, cache_dir, num_workers, max_pixels, limit_train, limit_db, limit_query.
+            skip_missing, input_size, cache_dir, num_workers, max_pixels, limit_train, limit_db,
+            limit_query.
         device: that trains.
     Raises:
         UserError: if files are missing or damaged (without --skip_missing), or nothing is left.
@@ -98,7 +99,7 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
 
 
 def _used_roles(split: Split) -> tuple[str, ...]:
-    """The roles that must have images; a split file names those too that its set has not."""
+    """The roles that must have images."""
     asked = [role for role in ("query", "database") if len(split.roles.get(role, ()))]
     return ("train", "query", "database") if asked else ("train",)
 

@@ -13,9 +13,9 @@ if [ ! -e "$pictures" ]; then
     mv "$pictures.part" "$pictures"
 fi
 "$PYTHON" main_SPQ.py --dataset=folder --protocol=class-folders --data_dir="$pictures" \
-    --input_size=96 --arch=tf_efficientnet_lite0 --pretrained --freeze_trunk --cached_views=3 \
+    --input_size=96 --arch=tf_efficientnet_lite0 --pretrained --freeze_trunk --cached_views=1 \
     --augmentation=batched --crop_min_area=0.25 --loss=cqc --contrastive_temperature=0.4 \
-    --lr=1e-3 --epochs=15 --eval_epoch=5 --N_books=8 --N_words=16 \
+    --amp=bf16 --lr=1e-3 --epochs=15 --eval_epoch=5 --N_books=8 --N_words=16 \
     --output_dir="$run" --resume=auto "$@"
 exec "$PYTHON" scripts/baselines.py "$run" --bits=32 --features=pooled,pooled_unit,descriptors \
     --methods=spq,pq,opq,itq,exact,cosine --output="$run/baselines"

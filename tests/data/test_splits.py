@@ -314,6 +314,23 @@ def test_class_folders(tmp_path):
     assert other.sha256 != split.sha256
 
 
+def test_train_and_test_above_class_folders_are_roles(tmp_path):
+    names = [f"{part}/{name}/{i}.jpg" for part in ("train", "test") for name in "ab" for i in "123"]
+    touch(tmp_path, names)
+    split = load_split(ask("folder", tmp_path, protocol="class-folders"))
+    assert split.listing.classes == ("a", "b")
+    assert split.seed is None
+    for name, label in labels_by_name(split).items():
+        assert name.split("/")[1] == split.listing.classes[label]
+    query = {split.listing.names[row] for row in split.roles["query"].tolist()}
+    assert query == {name for name in names if name.startswith("test/")}
+    assert torch.equal(split.roles["train"], split.roles["database"])
+    check_roles(split)
+    touch(tmp_path, ["test/loose.jpg"])
+    with pytest.raises(UserError, match=r"1 images lie in no class folder, 'test/loose\.jpg'"):
+        load_split(ask("folder", tmp_path, protocol="class-folders"))
+
+
 def test_class_folders_that_cannot_be_classes(tmp_path):
     wanted = ask("folder", tmp_path, protocol="class-folders")
     touch(tmp_path, ["dog/1.jpg", "dog/2.jpg"])
