@@ -13,7 +13,7 @@ from data.augment import AUGMENTATIONS
 from data.images import MAX_PIXELS
 from data.splits import DATASETS, PROTOCOL_HELP, PROTOCOLS, TOP_N, UNLABELLED
 from models import QUANTIZERS
-from models.trunks import OWN, STEMS, check_arch, default_stem
+from models.trunks import OWN, STEMS, check_arch, default_stem, has_fixed_size
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
 from utils.optimizers import OPTIMIZERS
 from utils.recipes import RECIPE_INPUT_SIZE, RECIPES
@@ -657,6 +657,12 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         args.crop_size = args.input_size
     if args.early_crop_size is None:
         args.early_crop_size = args.crop_size
+    sizes = {args.input_size, args.crop_size, args.early_crop_size}
+    if len(sizes) > 1 and args.arch not in OWN and has_fixed_size(args.arch):
+        parser.error(
+            f"--crop_size={args.crop_size}: {args.arch} is built for images of one size; allowed "
+            f"for it and --early_crop_size is --input_size={args.input_size}"
+        )
     if args.output_dir is None:
         method = parser.prog.removeprefix("main_").removesuffix(".py")
         args.output_dir = Path("runs") / f"{method}_{args.dataset}_{code_bits(args)}bits"

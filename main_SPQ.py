@@ -15,11 +15,10 @@ from args import parse_args, spq_parser
 from data.datasets import Images, load_dataset
 from data.views import kept_views, random_views
 from losses import contrastive_loss, cqc_loss
-from models import build_spq
 from utils.cli import run_main
 from utils.evaluation import RetrievalEvaluation
 from utils.loop import Trainer
-from utils.pretrained import start_trunk
+from utils.pretrained import start_model
 from utils.report import report
 from utils.setup import Run, start_run
 
@@ -57,23 +56,7 @@ def build_trainer(run: Run, images: Images, evaluate: RetrievalEvaluation | None
     """
     args, ranks, device = run.args, run.ranks, run.device
 
-    # channels_last is the faster layout, but on a CPU not for odd numbers of channels
-    layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
-    model = build_spq(
-        args.arch,
-        args.width,
-        args.quantizer,
-        M=args.N_books,
-        K=args.N_words,
-        d=args.L_word,
-        alpha=args.soft_quantization_scale,
-        stem=args.stem,
-        input_size=args.input_size,
-    )
-    start_trunk(model.trunk, run)
-    model = model.to(device, memory_format=layout)
-    if args.freeze_trunk:
-        model.freeze_trunk()
+    model = start_model(run)
     if args.cached_views and not args.eval_only:
         batches = kept_views(args, images, evaluate, model, ranks)
     else:

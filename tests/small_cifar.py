@@ -84,6 +84,7 @@ class SameViews(torch.nn.Module):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import data.augment
     import data.cifar10
     import main_SPQ
     from utils.cli import run_main
@@ -93,5 +94,5 @@ if __name__ == "__main__":
     data.cifar10.ROWS = ROWS
     if "--views=same" in sys.argv:
         sys.argv.remove("--views=same")
-        main_SPQ.AUGMENTATIONS["kornia"] = SameViews
+        data.augment.AUGMENTATIONS["kornia"] = SameViews
     run_main(main_SPQ.main)

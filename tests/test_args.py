@@ -147,6 +147,10 @@ def test_contradictions_are_named(capsys):
         (["--width=16", "--stem=imagenet"], "--width=16: --arch=resnet18 --stem=imagenet has one"),
         (["--pretrained", "--weights=x.pth"], "--weights: contradicts --pretrained"),
         (["--freeze_trunk"], "--freeze_trunk: a trunk without weights"),
+        (
+            ["--arch=vit_tiny_patch16_224", "--input_size=64", "--crop_size=48"],
+            "--crop_size=48: vit_tiny_patch16_224 is built for images of one size",
+        ),
         (["--cached_views=4"], "--cached_views: a trunk that learns"),
         (["--dataset=flickr25k"], "--dataset=flickr25k: needs --data_dir"),
         (["--protocol=I", "--split=x"], "--protocol: contradicts --split"),

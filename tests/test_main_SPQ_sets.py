@@ -95,7 +95,7 @@ def test_nuswide_stops_at_missing_files_and_goes_on_when_told(nuswide, tmp_path,
 
 def test_the_shell_scripts_train_on_fabricated_sets(flickr, nuswide, tmp_path):
     """As a user calls them, with a few flags that make it small."""
-    small = [*SMALL, "--max_steps=2", "--device=cpu", "--arch=test_resnet", "--skip_missing"]
+    small = [*SMALL, "--max_steps=2", "--device=cpu", "--arch=test_efficientnet", "--skip_missing"]
     small += [f"--cache_dir={tmp_path / 'cache'}"]
     for name, folder in (("flickr25k", flickr), ("nuswide", nuswide)):
         run = tmp_path / name
@@ -131,8 +131,8 @@ def test_lists_with_classes_and_a_pretrained_frozen_trunk(tmp_path, capsys):
 
     torch.manual_seed(0)
     weights = tmp_path / "weights.pth"
-    torch.save(timm.create_model("test_resnet").state_dict(), weights)
-    flags = [*SMALL, "--dataset=lists", "--arch=test_resnet", "--width=64", "--freeze_trunk"]
+    torch.save(timm.create_model("test_efficientnet").state_dict(), weights)
+    flags = [*SMALL, "--dataset=lists", "--arch=test_efficientnet", "--width=64", "--freeze_trunk"]
     flags += [f"--weights={weights}", "--cached_views=3", "--joint_views", "--epochs=3"]
     small_cifar.run(tmp_path / "set", tmp_path / "once", *flags)
     assert "21 classes" in capsys.readouterr().out

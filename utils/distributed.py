@@ -205,7 +205,7 @@ def _synchronised(norm: nn.Module) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
     from timm.layers import convert_sync_batchnorm
 
-    return convert_sync_batchnorm(norm)
+    return convert_sync_batchnorm(norm).train(norm.training)  # which older timm forgets
 
 
 def _replace_norms(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> None:

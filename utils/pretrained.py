@@ -8,13 +8,34 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models import SPQ
 from models.trunks import LITE0, load_weights
 from utils.checkpoint import FORMAT as CHECKPOINT
 from utils.errors import UserError
 from utils.setup import Run
-from utils.trained import MODEL
+from utils.trained import MODEL, build_from_flags
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys that others save weights under
+
+
+def start_model(run: Run) -> SPQ:
+    """The network of a run's flags on its device, its trunk as the flags want it to start.
+
+    Raises:
+        UserError: as `start_trunk`; or if there is no such network.
+    """
+    args = run.args
+    try:
+        model = build_from_flags(vars(args))
+    except ValueError as error:
+        raise UserError(f"--arch={args.arch}: {error}") from error
+    start_trunk(model.trunk, run)
+    # channels_last is the faster layout, but on a CPU not for odd numbers of channels
+    layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
+    model = model.to(run.device, memory_format=layout)
+    if args.freeze_trunk:
+        model.freeze_trunk()
+    return model
 
 
 def start_trunk(trunk: nn.Module, run: Run) -> None:

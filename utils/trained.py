@@ -85,10 +85,10 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
             raise ValueError(f"input_size {args['input_size']}")
         with torch.device("meta"), _RealSteps():
-            model = _build(args)
+            model = build_from_flags(args)
         if size != sum(value.numel() for value in model.state_dict().values()):
             raise ValueError("weights of another shape")
-        model = _build(args)
+        model = build_from_flags(args)
         model.load_state_dict(state["model"])
         identity = identify("SPQ", args, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -129,7 +129,12 @@ class _RealSteps(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(args: Mapping) -> SPQ:
+def build_from_flags(args: Mapping) -> SPQ:
+    """An untrained SPQ network of the shape that a main script's flags name.
+
+    Raises:
+        KeyError, ValueError: if a flag is missing, or there is no such network.
+    """
     return build_spq(
         args["arch"],
         args["width"],
