@@ -639,6 +639,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         )
     if args.accumulate > 1 and args.cuda_graph:
         parser.error("--cuda_graph: holds one whole step; allowed with --accumulate=1")
+    if args.cached_views:
+        if args.given & {"early_crop_size", "early_share"}:
+            parser.error("--early_crop_size: kept views have one size; leave --cached_views away")
+        args.early_share = 0.0
     if "early_crop_size" in args.given and not args.early_share:
         parser.error("--early_crop_size: does nothing without --early_share, 0.5 for one")
     if "early_share" in args.given and args.early_share and args.early_crop_size is None:
@@ -682,13 +686,13 @@ def _resolve_data(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--protocol={args.protocol}: {name} has {', '.join(known)}")
     if args.protocol is None and args.split is None:
         args.protocol = known[0]
-    if args.protocol == UNLABELLED:
-        for flag in ("eval_only", "validate"):
-            if getattr(args, flag):
-                parser.error(
-                    f"--{flag}: a folder has no labels to score with; with a folder for each class "
-                    "pass --protocol=class-folders"
-                )
+    if args.image_dir is not None and (is_cifar or name == "folder"):
+        parser.error(f"--image_dir: --dataset={name} has no lists of paths; --data_dir says it all")
+    if args.protocol == UNLABELLED and args.validate:
+        parser.error(
+            "--validate: a folder has no labels to score with; with a folder for each class pass "
+            "--protocol=class-folders"
+        )
     if args.input_size is None:
         args.input_size = 32 if is_cifar else 64
     if args.Top_N is None:

@@ -15,6 +15,7 @@ from args import parse_args, spq_parser
 from data.datasets import Images, load_dataset
 from data.views import kept_views, random_views
 from losses import contrastive_loss, cqc_loss
+from models import SPQ
 from utils.cli import run_main
 from utils.evaluation import RetrievalEvaluation
 from utils.loop import Trainer
@@ -34,29 +35,32 @@ def main(argv: list[str] | None = None) -> None:
     run = start_run("SPQ", parse_args(spq_parser(), argv))
     args = run.args
 
+    model = start_model(run)
     data = load_dataset(args, run.device)
-    run.tell_data(data.split, data.left_out)
+    run = run.with_data(data.split, data.used, data.left_out)
     evaluate = None
     if data.query is not None:  # labels are scored with, never trained on
         evaluate = RetrievalEvaluation(
             data.query, data.db, args.input_size, args.Top_N, args.distance
         )
-    trainer = build_trainer(run, data.train, evaluate)
+    trainer = build_trainer(run, model, data.train, evaluate)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
     report(run, trainer, metrics, data.classes, data.left_out)
 
 
-def build_trainer(run: Run, images: Images, evaluate: RetrievalEvaluation | None) -> Trainer:
+def build_trainer(
+    run: Run, model: SPQ, images: Images, evaluate: RetrievalEvaluation | None
+) -> Trainer:
     """The method: two random views, one network, descriptors of one against z of the other.
 
     Args:
         run: flags, device, processes, and the checkpoint to go on from.
+        model: on the device.
         images: training set (N, 3, H, W) uint8.
         evaluate: what mAP is computed by; None without labels.
     """
     args, ranks, device = run.args, run.ranks, run.device
 
-    model = start_model(run)
     if args.cached_views and not args.eval_only:
         batches = kept_views(args, images, evaluate, model, ranks)
     else:

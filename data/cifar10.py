@@ -323,6 +323,8 @@ def export_png(data_dir: Path, folder: Path, size: int = 32) -> int:
         UserError: if `folder` holds anything already, or cannot be written.
     """
     parts = dict(zip(("train", "test"), load_cifar10(data_dir), strict=True))
+    if not 8 <= size <= 1024:
+        raise UserError(f"--size={size}: allowed are 8 to 1024 pixels")
     try:
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"--export={folder}: is not empty; allowed is a new or an empty folder")

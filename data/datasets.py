@@ -30,13 +30,15 @@ class DataSet:
     """A data set as a training takes it.
 
     Attributes:
-        split: names, labels, roles; without the images that could not be read.
+        split: names, labels, roles, as the flags ask for them.
+        used: the same without the images that could not be read.
         train: images to train on.
         query, db: images and labels of the two sides; None where there are no labels.
         left_out: how many images of the split could not be read.
     """
 
     split: Split
+    used: Split
     train: Images
     query: tuple[Images, Tensor] | None
     db: tuple[Images, Tensor] | None
@@ -58,7 +60,7 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
     Args:
         args: dataset, data_dir, image_dir, protocol, split, split_seed, if_download, validate,
             skip_missing, input_size, cache_dir, num_workers, max_pixels, limit_train, limit_db,
-            limit_query.
+            limit_query, cached_views, eval_only.
         device: that trains.
     Raises:
         UserError: if files are missing or damaged (without --skip_missing), or nothing is left.
@@ -76,9 +78,15 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
         images, faults = store_images(
             args.cache_dir, root, names, args.input_size, args.num_workers, args.max_pixels
         )
-        if faults:
-            split = _without(split, faults, args, images.path.parent)
-    roles = split.roles
+    used = _without(split, faults, args, images.path.parent) if faults else split
+    roles = used.roles
+    if "query" not in wanted:
+        for flag in ("eval_only", "validate"):
+            if getattr(args, flag):
+                raise UserError(
+                    f"--{flag}: this split has no labels to score with; a folder that has a folder "
+                    "for each class takes --protocol=class-folders"
+                )
     if args.validate:
         fixed = args.dataset.startswith("cifar") and split.protocol == "spq"
         roles = held_out(roles, None if fixed else args.split_seed)
@@ -87,15 +95,20 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
             raise UserError(f"--data_dir={args.data_dir}: no image is left for the role {role}")
 
     trained = roles["train"][: args.limit_train]
-    train = hold(images, trained, device)
+    on_disk = args.cached_views and isinstance(images, RowStore)  # each is looked at once
+
+    def hold_some(rows: Tensor, place: torch.device) -> Images:
+        return images.part(rows) if on_disk else hold(images, rows, place)
+
+    train = hold_some(trained, device)
     if "query" not in wanted:
-        return DataSet(split, train, None, None, len(faults))
+        return DataSet(split, used, train, None, None, len(faults))
     sides = []
     for rows in (roles["query"][: args.limit_query], roles["database"][: args.limit_db]):
-        shared = torch.equal(rows, trained) and (device == cpu or isinstance(train, RowStore))
-        held = train if shared else hold(images, rows, cpu)
+        shared = torch.equal(rows, trained) and (isinstance(train, RowStore) or not train.is_cuda)
+        held = train if shared else hold_some(rows, cpu)
         sides.append((held, split.listing.labels[rows]))
-    return DataSet(split, train, *sides, len(faults))
+    return DataSet(split, used, train, *sides, len(faults))
 
 
 def _used_roles(split: Split) -> tuple[str, ...]:
@@ -130,7 +143,8 @@ def _without(split: Split, faults: Faults, args: Namespace, store: Path) -> Spli
         advice = f"--skip_missing goes on without them; once they are mended, delete {store}"
         raise UserError("\n".join([f"{count} below {root}:", *told, advice]))
     if Ranks.from_environment().is_main:
-        print("\n".join([f"{count}, and are left out:", *told]))
+        advice = f"once they are mended, delete {store}"
+        print("\n".join([f"{count}, and are left out:", *told, advice]))
     bad = {name for name, _ in faults}
     good = torch.tensor([name not in bad for name in split.listing.names])
     roles = {role: rows[good[rows]] for role, rows in split.roles.items()}

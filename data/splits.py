@@ -41,7 +41,8 @@ FIXED = "lists"  # the protocol of lists that say themselves what an image is fo
 UNLABELLED = "all"  # the protocol of a folder: everything is trained on, nothing evaluated
 TOP_N = {"flickr25k": 5000, "nuswide": 5000}  # the papers'; 1000 for all others
 LIST_FILES = {"train": "train.txt", "query": "test.txt", "database": "database.txt"}
-PART_FOLDERS = ("train", "test")  # above class folders, as many sets are handed out
+# above class folders, as many sets are handed out
+PART_FOLDERS = ({"train", "test"}, {"train", "val"}, {"train", "val", "test"})
 SHOWN = 5
 
 PROTOCOL_HELP = (
@@ -50,10 +51,11 @@ PROTOCOL_HELP = (
     "database; II, the same, 500 a class (cifar100: 50) trained on; 59k, 100 queries and 500 "
     "trained on a class, all but the queries the database; gpq, that paper's. flickr25k: spq, "
     "2,000 queries, 5,000 of the others trained on; 38-labels, the same with the relevant labels "
-    "as labels of their own. nuswide: 100-500, 100 queries and 500 trained on for each label. "
-    "folder: all, trained on without labels; class-folders, the first folder of a path is its "
-    "class, a tenth of each are queries (where the first folders are train and test, the second "
-    "one, and all below test are). A folder with train.txt, test.txt and database.txt has "
+    "as labels of their own. nuswide: 100-500, 100 queries and 500 trained on for each label, of "
+    "the images that have one. folder: all, trained on without labels; class-folders, the first "
+    "folder of a path is its class, a tenth of each are queries (where the first folders are train "
+    "and test, or val, the second one, and all below test, or val, are). A folder with train.txt, "
+    "test.txt and database.txt has "
     "its split already, and needs none of these"
 )
 
@@ -165,6 +167,9 @@ def _nuswide_split(args: Namespace) -> Split:
             "path and 0 or 1 for each label) nor img.txt and targets.txt"
         )
     listing = _images_and_targets(args)
+    some = listing.labels.any(dim=1).nonzero()[:, 0]  # the set is images with one of its labels
+    names = [listing.names[row] for row in some.tolist()]
+    listing = Listing(names, listing.labels[some], listing.classes)
     roles = per_class(listing.labels, 100, 500, args.split_seed)
     return Split("nuswide", _protocol(args), args.split_seed, listing, roles)
 
@@ -225,8 +230,8 @@ def join_lists(dataset: str, listings: dict[str, Listing], folder: Path) -> Spli
 
 def _folder_split(args: Namespace) -> Split:
     """A person's own pictures: all are trained on. By `class-folders` the first folder of a path is
-    its class, and a tenth of each class are queries; or, below `train` and `test`, the second one,
-    and the images below `test` are."""
+    its class, and a tenth of each class are queries; or, below `train` and `test` (or `val`), the
+    second one, and the images below `test` are."""
     source = open_images(str(args.data_dir), args.data_dir, flag="--data_dir")
     if source.faults:
         name, reason = source.faults[0]
@@ -244,7 +249,7 @@ def _folder_split(args: Namespace) -> Split:
 
 def _class_folders(names: list[str], args: Namespace) -> Split:
     tops = {name.partition("/")[0] for name in names if "/" in name}
-    parted = tops == set(PART_FOLDERS)
+    parted = tops in PART_FOLDERS
     inner = [name.partition("/")[2] if parted else name for name in names]
     loose = [name for name, rest in zip(names, inner, strict=True) if "/" not in rest]
     if loose:
@@ -263,9 +268,13 @@ def _class_folders(names: list[str], args: Namespace) -> Split:
     labels = torch.tensor([number[name] for name in mine])
     listing = Listing(names, labels, classes)
     if parted:
-        is_query = torch.tensor([name.startswith("test/") for name in names])
-        others = (~is_query).nonzero()[:, 0]
-        roles = {"train": others, "query": is_query.nonzero()[:, 0], "database": others}
+        top = [name.partition("/")[0] for name in names]
+        asked = "test" if "test" in tops else "val"  # val beside test has no role
+        others, query = (
+            torch.tensor([row for row, part in enumerate(top) if part == wanted])
+            for wanted in ("train", asked)
+        )
+        roles = {"train": others, "query": query, "database": others}
         return Split("folder", "class-folders", None, listing, roles)
     smallest = int(labels.bincount().min())
     if smallest < 2:

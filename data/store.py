@@ -310,7 +310,7 @@ def store_images(
         UserError: as `fill_store`.
     """
     digest = hashlib.sha256()
-    for text in (os.path.realpath(root), str(side), *names):
+    for text in (os.path.realpath(root), str(side), str(max_pixels), *names):
         digest.update(os.fsencode(text) + b"\0")
     place = cache_dir / f"images-{side}px-{digest.hexdigest()[:16]}"
     source = Files(root, list(names), [], 0)

@@ -28,7 +28,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -221,6 +221,12 @@ def run_args(trained: Trained) -> argparse.Namespace:
     return argparse.Namespace(**flags | places)
 
 
+def is_usual(args: Mapping) -> bool:
+    """Whether a run is of CIFAR-10 with the training images as the database."""
+    usual = {"dataset": "cifar10", "protocol": "spq", "split": None, "validate": False}
+    return all(args.get(name, value) == value for name, value in usual.items())
+
+
 def load_images(
     args: argparse.Namespace, runs: dict[int, Trained]
 ) -> tuple[tuple[Images, Tensor], tuple[Images, Tensor]]:
@@ -229,12 +235,12 @@ def load_images(
     Raises:
         UserError: if several runs are of other sets, or pixels of such a set are asked for.
     """
-    others = [run for run in runs.values() if run.args.get("dataset", "cifar10") != "cifar10"]
+    others = [run for run in runs.values() if not is_usual(run.args)]
     if not others:
         train, test = load_cifar10(args.data_dir, args.if_download)
         return train, test
     if len(runs) > 1:
-        raise UserError("RUN_DIR: one of them is not of CIFAR-10; name that one alone")
+        raise UserError("RUN_DIR: one of them is not of CIFAR-10's own split; name that one alone")
     if "pixels" in args.features:
         raise UserError("--features: the pixels of this run's images are too many; leave them out")
     data = load_dataset(run_args(others[0]), torch.device("cpu"))
@@ -478,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = kept_rows(args, settings, runs)
     db, query = load_images(args, runs)
     (db_images, db_labels), (images, labels) = (
-        tuple(part[:limit] for part in side)
+        side if limit is None else tuple(part[:limit] for part in side)
         for side, limit in ((db, args.limit_db), (query, args.limit_query))
     )
     source = Source(db_images, images, runs)

@@ -48,6 +48,7 @@ from main_SPQ import build_trainer
 from utils.device import choose_amp, choose_kernels
 from utils.distributed import Ranks
 from utils.loop import Trainer
+from utils.pretrained import start_model
 from utils.setup import Run
 
 EPOCH_IMAGES = 50_000
@@ -111,7 +112,7 @@ def trainer_of(args: argparse.Namespace, images: Tensor, words: list[str]) -> Tr
     choose_kernels(flags.deterministic)
     torch.manual_seed(0)
     run = Run("SPQ", flags, images.device, Ranks(), checkpoint=None)
-    trainer = build_trainer(run, images, None)
+    trainer = build_trainer(run, start_model(run), images, None)
     trainer.batches = Marked(trainer.batches)
     return trainer
 

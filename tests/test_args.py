@@ -153,6 +153,11 @@ def test_contradictions_are_named(capsys):
         ),
         (["--cached_views=4"], "--cached_views: a trunk that learns"),
         (["--dataset=flickr25k"], "--dataset=flickr25k: needs --data_dir"),
+        (["--image_dir=x"], "--image_dir: --dataset=cifar10 has no lists"),
+        (
+            ["--freeze_trunk", "--pretrained", "--cached_views=1", "--early_share=0.5"],
+            "--early_crop_size: kept views have one size",
+        ),
         (["--protocol=I", "--split=x"], "--protocol: contradicts --split"),
         (
             ["--dataset=flickr25k", "--data_dir=x", "--protocol=gpq"],
@@ -281,3 +286,10 @@ def test_crops_of_a_recipe_grow_with_the_images():
     assert (args.crop_size, args.early_crop_size) == (40, 32)
     args = parse("--input_size=64")
     assert (args.crop_size, args.early_crop_size) == (64, 64)
+
+
+def test_kept_views_leave_the_early_crops_of_a_recipe_away():
+    frozen = ("--freeze_trunk", "--pretrained", "--cached_views=1")
+    args = parse("--recipe=fast", "--input_size=64", *frozen)
+    assert (args.early_share, args.crop_size) == (0.0, 48)
+    assert parse("--recipe=fast", *frozen[:2]).early_share == 0.6

@@ -19,7 +19,7 @@ FAULTS = [
     (["--limit_train=10"], r"--batch_size=20: is larger .* 10"),
     (["--data_dir=/nowhere"], r"--data_dir=/nowhere: CIFAR-10 is not there"),
     (["--resume=/nowhere/c.pt"], r"--resume=/nowhere/c\.pt: no such file"),
-    (["--arch=tf_efficientnet_lite0", "--stem=cifar"], r"--arch=tf_.*: .* has no CIFAR stem"),
+    (["--arch=vgg11", "--width=64", "--stem=cifar"], r"--arch=vgg11: .*no CIFAR stem"),
     (["--num_cls=5"], r"--num_cls=5: the data set has 10 classes; allowed is 10"),
     (["--eval_only", "--resume=auto"], r"no checkpoint in --output_dir"),
     (["--output_dir=/proc/x"], r"--output_dir=/proc/x: cannot be made"),

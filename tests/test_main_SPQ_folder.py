@@ -86,17 +86,19 @@ def test_train_resume_and_search(tmp_path, images, capsys):
     assert sorted(hit["path"] for hit in found) == sorted(NAMES)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--eval_only", "--resume=auto", "--data_dir=x"], "a folder has no labels to score with"),
+def test_flags_that_make_no_sense_with_a_folder(capsys, images, tmp_path):
+    for flags, message in (
+        (["--validate", "--data_dir=x"], "a folder has no labels to score with"),
+        (["--image_dir=x", "--data_dir=x"], "--image_dir: --dataset=folder has no lists of paths"),
         ([], "--dataset=folder: needs --data_dir"),
-    ],
-)
-def test_flags_that_make_no_sense_with_a_folder(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        main_SPQ.main(["--dataset=folder", *flags])
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit):
+            main_SPQ.main(["--dataset=folder", *flags])
+        assert message in capsys.readouterr().err
+    flags = ["--dataset=folder", "--input_size=16", "--skip_missing", "--max_steps=1"]
+    small_cifar.run(images, tmp_path / "run", *flags)
+    with pytest.raises(UserError, match=r"--eval_only: this split has no labels to score with"):
+        small_cifar.run(images, tmp_path / "run", *flags, "--eval_only", "--resume=auto")
 
 
 def test_the_script_calls_three_programs_with_flags_that_they_take(tmp_path, images):

@@ -186,13 +186,14 @@ def first_of_each_class(
         distance: as `utils.retrieval.lookup_tables`.
         rows: classes at most.
     Returns:
-        Queries (R,) and items (R, min(columns, N)), int64 on the CPU, nearest first.
+        Queries (R,) and items (R, min(columns, N)), int64 on the CPU, nearest first; R = 0 if no
+        query has a label.
     """
     if query_labels.dim() == 1:
         members = [query_labels == c for c in query_labels.unique().tolist()]
     else:
         members = [column > 0 for column in query_labels.T if column.any()]
     first = dict.fromkeys(int(member.nonzero()[0]) for member in members)
-    chosen = torch.tensor(list(first)[:rows])
+    chosen = torch.tensor(list(first)[:rows], dtype=torch.int64)
     _, index = search(query[chosen.to(query.device)], db_codes, codebooks, columns, distance)
     return chosen, index.cpu()

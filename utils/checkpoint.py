@@ -60,6 +60,17 @@ def write_torch(path: Path, content: dict) -> None:
         raise
 
 
+def put_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        OSError: as `save_checkpoint`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
     """Read a checkpoint onto the CPU, with weights_only=True: a file cannot run code.
 

@@ -48,7 +48,8 @@ class StepGraph:
         if self._graph is None:
             self._inputs = tuple(torch.empty_like(view) for view in views)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):  # records, does not run
+            # records, does not run; a thread that reads ahead may pin memory meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = self.step(self._inputs)
         for held, view in zip(self._inputs, views, strict=True):
             held.copy_(view)

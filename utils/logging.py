@@ -41,7 +41,7 @@ def git_commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions that can change a result."""
-    names = ("torch", "torchvision", "kornia", "numpy")
+    names = ("torch", "torchvision", "kornia", "timm", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 

@@ -51,6 +51,11 @@ def start_trunk(trunk: nn.Module, run: Run) -> None:
         _fit(trunk, run.checkpoint["model"], f"--resume={run.checkpoint['path']}", run.args)
         return
     told = load_pretrained(trunk, run.args)
+    if told is None and run.args.freeze_trunk:
+        raise UserError(
+            "--freeze_trunk: there is no checkpoint to go on from, and without weights the trunk "
+            "would stay as it was drawn; add --pretrained or --weights"
+        )
     if told and run.ranks.is_main:
         print(told)
 

@@ -61,7 +61,8 @@ def report(
         ]
     if trainer.evaluate_model.encoded or not grid.exists():
         _draw_retrieval(trainer, grid, class_names, title)
-    places.append(("retrieved images", grid))
+    if grid.exists():
+        places.append(("retrieved images", grid))
     full = trainer.step == args.epochs * len(trainer.batches)
     when = "of the last epoch" if full else f"at step {trainer.step}, epoch {head['epoch']:.3g}"
     print(
@@ -103,6 +104,8 @@ def _draw_retrieval(trainer: Trainer, path: Path, class_names: Sequence[str], ti
     (images, labels), (db_images, db_labels) = evaluation.query, evaluation.db
     codebooks = trainer.model.quantizer.codebooks.detach().float()
     rows, index = first_of_each_class(x, labels, codes, codebooks, COLUMNS, evaluation.distances[0])
+    if not len(rows):
+        return  # no query has a label
     names = [_class_name(class_names, label) for label in labels[rows].cpu()]
     pairs = zip(labels[rows].cpu(), db_labels.cpu()[index], strict=True)
     relevant = torch.cat([relevance(label[None], found) for label, found in pairs])

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from data.manifest import Split
-from utils.checkpoint import LAST, check_same, find_checkpoint, load_checkpoint
+from data.splits import PROTOCOLS
+from utils.checkpoint import LAST, check_same, find_checkpoint, load_checkpoint, put_text
 from utils.device import choose_amp, choose_device, choose_kernels
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -18,15 +19,15 @@ from utils.logging import plain
 
 SPLIT = "split.json"  # in a run's folder: the first line of the split it used
 # flags that older checkpoints do not have
-OLDER = {"stem": "cifar", "dataset": "cifar10", "protocol": "spq", "split": None, "split_seed": 0}
+OLDER = {"stem": "cifar", "split": None, "split_seed": 0, "image_dir": None, "dataset": "cifar10"}
 OLDER |= {"freeze_trunk": False, "cached_views": 0, "pretrained": False, "weights": None}
 # flags that give a model its shape: a checkpoint fits only if they are equal
 SHAPE_FLAGS = ["arch", "stem", "width", "N_books", "N_words", "L_word", "quantizer"]
 # flags that an evaluation takes from the checkpoint unless they are given
 MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs", "validate"]
 MODEL_FLAGS += ["freeze_trunk"]
-# and which it takes where the data set is the same
-SPLIT_FLAGS = ["protocol", "split_seed"]
+# and which it takes unless any of them is given
+SPLIT_FLAGS = ["protocol", "split", "split_seed"]
 # flags that may differ on a resume without a word
 FREE_FLAGS = {
     "resume",
@@ -75,35 +76,40 @@ class Run:
     ranks: Ranks
     checkpoint: dict | None
 
-    def tell_data(self, split: Split, left_out: int) -> None:
-        """Say which split this run uses, and keep that in `split.json`.
+    def with_data(self, split: Split, used: Split, left_out: int) -> "Run":
+        """This run with the split it uses in its flags; says it and keeps it in `split.json`.
 
+        Args:
+            split: what the flags asked for, as two people can share it.
+            used: the same without images that could not be read.
+            left_out: how many these are.
         Raises:
             UserError: if the run that is gone on with used another one, or labels are not below
                 --num_cls.
         """
+        args = Namespace(**vars(self.args) | {"split_sha256": used.sha256})
         C = len(split.listing.classes)
-        if self.args.num_cls is not None and self.args.num_cls < C:
+        if args.num_cls is not None and args.num_cls < C:
             raise UserError(
-                f"--num_cls={self.args.num_cls}: the data set has {C} classes; allowed is {C} or "
-                "more"
+                f"--num_cls={args.num_cls}: the data set has {C} classes; allowed is {C} or more"
             )
-        head = split.head() | {"left_out": left_out}
-        if not self.ranks.is_main:
-            return
-        print(f"{split.summary()}, sha256 {head['sha256'][:16]}")
-        path = self.args.output_dir / SPLIT
-        if self.args.eval_only:
-            return
-        if self.checkpoint is not None and path.is_file():
-            known = json.loads(path.read_text()).get("sha256")
-            if known != head["sha256"]:
-                raise UserError(
-                    f"--data_dir={self.args.data_dir}: its split is {head['sha256'][:16]}, and the "
-                    f"run in {self.args.output_dir} began with {str(known)[:16]}; give back the "
-                    "images and lists it had, or begin another run"
-                )
-        path.write_text(json.dumps(head, indent=2) + "\n")
+        saved = self.checkpoint["args"].get("split_sha256") if self.checkpoint else None
+        other = saved not in (None, args.split_sha256)
+        if other and not args.eval_only:
+            raise UserError(
+                f"--data_dir={args.data_dir}: its split is {args.split_sha256[:16]}, and the run "
+                f"that --resume={args.resume} goes on with began with {saved[:16]}; give back the "
+                "flags, images and lists it had, or begin another run"
+            )
+        if self.ranks.is_main:
+            without = f", without {left_out} images that cannot be read" if left_out else ""
+            print(f"{used.summary()}, sha256 {split.sha256[:16]}{without}")
+            if other:
+                print("This is another split than the one that the model was trained by.")
+            if not args.eval_only:
+                head = split.head() | {"left_out": left_out, "used_sha256": used.sha256}
+                put_text(args.output_dir / SPLIT, json.dumps(head, indent=2) + "\n")
+        return replace(self, args=args)
 
 
 def start_run(method: str, args: Namespace) -> Run:
@@ -127,9 +133,18 @@ def start_run(method: str, args: Namespace) -> Run:
     args = Namespace(**{k: v for k, v in vars(args).items() if k != "given"})
     if args.eval_only:  # what was not said is as the model was trained
         saved = checkpoint["args"]
-        same = [*SPLIT_FLAGS] if saved["dataset"] == args.dataset else []
-        missing = [name for name in MODEL_FLAGS + same if name not in given and name in saved]
-        args = Namespace(**{**vars(args), **{name: saved[name] for name in missing}})
+        if saved["dataset"] != args.dataset and "dataset" not in given:
+            raise UserError(
+                f"--dataset={args.dataset}: {checkpoint['path']} was trained on "
+                f"{saved['dataset']}; say which is meant, --dataset={saved['dataset']} with its "
+                "--data_dir for one"
+            )
+        taken = list(MODEL_FLAGS)
+        if saved["dataset"] == args.dataset and not given.intersection(SPLIT_FLAGS):
+            taken += SPLIT_FLAGS
+        found = {name: saved[name] for name in taken if name not in given and name in saved}
+        found |= {"split": Path(found["split"])} if found.get("split") else {}
+        args = Namespace(**{**vars(args), **found})
     if checkpoint is not None:
         why = "a model of another shape does not fit"
         check_same(checkpoint["args"], args, SHAPE_FLAGS, why, Path(checkpoint["path"]))
@@ -164,7 +179,8 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
             print(f"--resume=auto: no checkpoint in {output_dir} yet, starting from the beginning")
         return None
     checkpoint = load_checkpoint(path)
-    checkpoint["args"] = OLDER | checkpoint["args"]
+    saved = OLDER | checkpoint["args"]
+    checkpoint["args"] = {"protocol": PROTOCOLS[saved["dataset"]][0]} | saved
     if checkpoint["method"] != method:
         raise UserError(
             f"--resume={path}: is a checkpoint of {checkpoint['method']}, not of {method}"

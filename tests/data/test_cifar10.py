@@ -292,3 +292,5 @@ def test_exported_files_can_be_larger(tmp_path, small_set):
         small = np.asarray(image.reduce(2), dtype=float)
     train, _ = load_cifar10(small_set)
     assert abs(small - train.images[12].permute(1, 2, 0).numpy()).mean() < 10  # noise of 25
+    with pytest.raises(UserError, match=r"--size=0: allowed are 8 to 1024"):
+        cifar10.export_png(small_set, tmp_path / "other", size=0)

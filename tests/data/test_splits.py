@@ -194,11 +194,15 @@ def test_nuswide_drawn_from_images_and_targets(tmp_path):
     write_targets(tmp_path, labels)
     split = load_split(ask("nuswide", tmp_path))
     assert (split.protocol, split.seed) == ("100-500", 0)
-    assert tuple(split.counts().values()) == (1500, 0, 300, N - 300)
+    some = int(labels.any(dim=1).sum())
+    assert some < N  # those without a label are no part of the set
+    assert tuple(split.counts().values()) == (1500, 0, 300, some - 300)
     check_roles(split)
+    found = split.listing.labels
+    assert found.any(dim=1).all()
     for c in range(C):
-        assert labels[split.roles["query"], c].sum() >= 100
-        assert labels[split.roles["train"], c].sum() >= 500
+        assert found[split.roles["query"], c].sum() >= 100
+        assert found[split.roles["train"], c].sum() >= 500
     write_targets(tmp_path, labels[:1500])
     with pytest.raises(UserError, match=r"wants 600 images of each class; class 0 has \d+"):
         load_split(ask("nuswide", tmp_path))
@@ -326,6 +330,17 @@ def test_train_and_test_above_class_folders_are_roles(tmp_path):
     assert query == {name for name in names if name.startswith("test/")}
     assert torch.equal(split.roles["train"], split.roles["database"])
     check_roles(split)
+    # `val` is what is asked where there is no `test`, and has no role beside it
+    (tmp_path / "test").rename(tmp_path / "val")
+    split = load_split(ask("folder", tmp_path, protocol="class-folders"))
+    found = [split.listing.names[row] for row in split.roles["query"].tolist()]
+    assert len(found) == 6
+    assert all(name.startswith("val/") for name in found)
+    touch(tmp_path, ["test/a/9.jpg"])
+    split = load_split(ask("folder", tmp_path, protocol="class-folders"))
+    found = [split.listing.names[row] for row in split.roles["query"].tolist()]
+    assert found == ["test/a/9.jpg"]
+    assert len(split.roles["train"]) == 6
     touch(tmp_path, ["test/loose.jpg"])
     with pytest.raises(UserError, match=r"1 images lie in no class folder, 'test/loose\.jpg'"):
         load_split(ask("folder", tmp_path, protocol="class-folders"))

@@ -156,3 +156,14 @@ def test_first_query_of_each_class_and_its_nearest():
     rows, index = first_of_each_class(query, labels, codes, codebooks, 2, "squared_l2")
     assert rows.tolist() == [2, 0]  # classes 0 and 2
     assert index.tolist() == [[3, 2], [1, 2]]
+
+
+def test_the_first_query_of_each_label_once_and_none_without_labels():
+    query = torch.rand(4, 4)
+    codes, codebooks = torch.zeros(3, 2, dtype=torch.int64), torch.rand(2, 2, 2)
+    labels = torch.tensor([[0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 1]])
+    rows, index = first_of_each_class(query, labels, codes, codebooks, 2, "squared_l2")
+    assert rows.tolist() == [1, 3]  # the second image is the first of two labels
+    assert index.shape == (2, 2)
+    rows, index = first_of_each_class(query, labels * 0, codes, codebooks, 2, "squared_l2")
+    assert len(rows) == len(index) == 0

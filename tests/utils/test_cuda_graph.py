@@ -11,6 +11,7 @@ from args import parse_args, spq_parser
 from utils import cuda_graph
 from utils.cuda_graph import WARM_UP_STEPS, StepGraph
 from utils.distributed import Ranks
+from utils.pretrained import start_model
 from utils.setup import Run
 
 
@@ -99,7 +100,7 @@ def test_replayed_steps_train_as_plain_ones(optimizer, tmp_path):
         torch.manual_seed(0)
         images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda")
         run = Run("SPQ", args, images.device, Ranks(), checkpoint=None)
-        trainer = main_SPQ.build_trainer(run, images, None)
+        trainer = main_SPQ.build_trainer(run, start_model(run), images, None)
         assert (trainer._graph is not None) == graph
         losses.append([])
         for _ in range(trainer.total_steps):

@@ -312,3 +312,10 @@ def test_one_process_tells_what_was_loaded(tmp_path, weights, capsys, rank, line
     start_trunk(trunk, Run("SPQ", asked, torch.device("cpu"), Ranks(rank, 2, rank), None))
     assert is_loaded(trunk, weights)
     assert capsys.readouterr().out.count("trunk starts from") == lines
+
+
+def test_a_trunk_is_not_frozen_as_it_was_drawn():
+    """--resume=auto lets the flag through, and then there is nothing to go on from."""
+    run = Run("SPQ", flags(freeze_trunk=True), torch.device("cpu"), Ranks(), None)
+    with pytest.raises(UserError, match=r"--freeze_trunk: there is no checkpoint to go on from"):
+        start_trunk(trunk_of(), run)
