@@ -54,6 +54,7 @@ class Split:
         counts = ", ".join(f"{n} {role}" for role, n in self.counts().items() if n)
         C = len(self.listing.classes)
         kind = f"{C} labels" if self.listing.multilabel else f"{C} classes"
+        kind = kind if C > 1 else "no labels"
         shared = ""
         for role, told in (("database", "in the database"), ("train", "trained on")):
             if "query" in self.roles and role in self.roles:
