@@ -39,15 +39,15 @@ def nuswide(tmp_path):
 
 
 def test_flickr25k_from_its_own_files(flickr, tmp_path, capsys):
-    flags = [*SMALL, "--dataset=flickr25k", "--epochs=12", "--lr=2e-3", "--Top_N=40"]
+    flags = [*SMALL, "--dataset=flickr25k", "--epochs=60", "--lr=2e-3", "--Top_N=40"]
+    flags += ["--jitter_strength=0", "--eval_epoch=20"]  # colours are what tells the labels
     small_cifar.run(flickr, tmp_path / "run", *flags)
     out = capsys.readouterr().out
     assert "flickr25k, protocol spq-in-proportion, seed 0: 30 train, 12 query, 138 database" in out
     assert "24 labels" in out
     first, last = (small_cifar.log_of(tmp_path / "run", "eval")[i] for i in (0, -1))
     assert first["queries"] == last["queries"] == 12
-    assert 0.25 < last["mAP@40"] <= 1  # random rankings give .13
-    assert first["mAP@40"] <= last["mAP@40"]
+    assert 0.35 < last["mAP@40"] <= 1  # random rankings give .13
     for name in ("retrieval.png", "learning_curve.png", "split.json", "checkpoint_last.pt"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     head = json.loads((tmp_path / "run" / "split.json").read_text())
@@ -107,9 +107,14 @@ def test_nuswide_stops_at_missing_files_and_goes_on_when_told(nuswide, tmp_path,
     assert "images left out that could not be read: 3" in out
     head = json.loads((tmp_path / "run" / "split.json").read_text())
     assert head["left_out"] == 3
-    assert head["train"] + head["query"] + head["database"] < 140 + 56
+    assert (head["train"], head["query"], head["database"]) == (56, 28, 112)  # what was asked for
+    assert head["used_sha256"] != head["sha256"]
+    bad = {"Flickr/concept0/0063_506816.jpg", "Flickr/concept0/0084_673115.jpg"}
+    bad |= {"Flickr/concept1/0044_356355.jpg"}
+    lines = (nuswide / "test.txt").read_text().splitlines()
+    left = [line for line in lines if line.split()[0] not in bad]
     evals = small_cifar.log_of(tmp_path / "run", "eval")
-    assert evals[-1]["queries"] == head["query"]
+    assert evals[-1]["queries"] == len(left)
 
 
 def test_the_shell_scripts_train_on_fabricated_sets(flickr, nuswide, tmp_path):
@@ -166,7 +171,7 @@ def test_lists_with_classes_and_a_pretrained_frozen_trunk(tmp_path, capsys):
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     published = torch.load(weights, weights_only=True)
     for key, value in published.items():
-        if not key.startswith("fc."):
+        if not key.startswith("classifier."):
             assert torch.equal(models[0][f"trunk.net.{key}"], value)
     once, run = (small_cifar.log_of(tmp_path / name, "eval")[-1] for name in ("once", "run"))
     assert once["mAP@50"] == run["mAP@50"]

@@ -179,7 +179,8 @@ def test_faults_are_left_out_when_asked(faulty, capsys):
     same(found.query, faulty, good[1])
     same(found.db, faulty, good[2])
     assert found.left_out == 7
-    assert found.split.counts() == {"train": 12, "labelled": 0, "query": 4, "database": 19}
+    assert found.used.counts() == {"train": 12, "labelled": 0, "query": 4, "database": 19}
+    assert found.split.counts() == {"train": 14, "labelled": 0, "query": 6, "database": 24}
     out = capsys.readouterr().out
     assert out.startswith("7 of 30 images cannot be read, and are left out:\n  '")
     assert "  and 2 more\n" in out

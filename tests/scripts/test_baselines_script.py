@@ -76,7 +76,9 @@ def test_every_method_on_every_feature(call, run16, watched, small_set, tmp_path
     found = call("--bits=16")
     names = {(row["features"], row["method"]) for row in found["rows"]}
     wanted = {(f, m) for f in baselines.FEATURES for m in baselines.METHODS}
-    assert names == wanted - {("unit", "cosine")} | {("descriptors", "spq")}
+    assert names == wanted - {("unit", "cosine"), ("pooled_unit", "cosine")} | {
+        ("descriptors", "spq")
+    }
     for row in found["rows"]:
         uncompressed = row["method"] in ("exact", "cosine")
         assert row["code_bits"] == (32 * row["dimensions"] if uncompressed else 16)
