@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -43,7 +44,7 @@ class Split:
     listing: Listing
     roles: Roles
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of names, labels and roles, in their order."""
         return hashlib.sha256("".join(_lines(self)).encode()).hexdigest()

@@ -6,11 +6,10 @@ import shutil
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from data.manifest import Split
-from data.splits import PROTOCOLS
 from utils.checkpoint import LAST, check_same, find_checkpoint, load_checkpoint, put_text
 from utils.device import choose_amp, choose_device, choose_kernels
 from utils.distributed import Ranks
@@ -58,6 +57,18 @@ FREE_FLAGS = {
 }
 
 
+class Split(Protocol):
+    """Images, their labels and what each is for, `data.manifest.Split` for one."""
+
+    sha256: str
+
+    def head(self) -> dict:
+        """What it is, in JSON's types, its "classes" among it."""
+
+    def summary(self) -> str:
+        """The same in a line."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a main script.
@@ -88,7 +99,7 @@ class Run:
                 --num_cls.
         """
         args = Namespace(**vars(self.args) | {"split_sha256": used.sha256})
-        C = len(split.listing.classes)
+        C = len(split.head()["classes"])
         if args.num_cls is not None and args.num_cls < C:
             raise UserError(
                 f"--num_cls={args.num_cls}: the data set has {C} classes; allowed is {C} or more"
@@ -180,7 +191,8 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
         return None
     checkpoint = load_checkpoint(path)
     saved = OLDER | checkpoint["args"]
-    checkpoint["args"] = {"protocol": PROTOCOLS[saved["dataset"]][0]} | saved
+    protocol = "all" if saved["dataset"] == "folder" else "spq"
+    checkpoint["args"] = {"protocol": protocol} | saved
     if checkpoint["method"] != method:
         raise UserError(
             f"--resume={path}: is a checkpoint of {checkpoint['method']}, not of {method}"
