@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -44,7 +43,7 @@ class Split:
     listing: Listing
     roles: Roles
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Of names, labels and roles, in their order."""
         return hashlib.sha256("".join(_lines(self)).encode()).hexdigest()

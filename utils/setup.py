@@ -98,8 +98,10 @@ class Run:
             UserError: if the run that is gone on with used another one, or labels are not below
                 --num_cls.
         """
-        args = Namespace(**vars(self.args) | {"split_sha256": used.sha256})
-        C = len(split.head()["classes"])
+        head = split.head()
+        used_sha256 = head["sha256"] if used is split else used.sha256
+        args = Namespace(**vars(self.args) | {"split_sha256": used_sha256})
+        C = len(head["classes"])
         if args.num_cls is not None and args.num_cls < C:
             raise UserError(
                 f"--num_cls={args.num_cls}: the data set has {C} classes; allowed is {C} or more"
@@ -114,11 +116,11 @@ class Run:
             )
         if self.ranks.is_main:
             without = f", without {left_out} images that cannot be read" if left_out else ""
-            print(f"{used.summary()}, sha256 {split.sha256[:16]}{without}")
+            print(f"{used.summary()}, sha256 {head['sha256'][:16]}{without}")
             if other:
                 print("This is another split than the one that the model was trained by.")
             if not args.eval_only:
-                head = split.head() | {"left_out": left_out, "used_sha256": used.sha256}
+                head |= {"left_out": left_out, "used_sha256": used_sha256}
                 put_text(args.output_dir / SPLIT, json.dumps(head, indent=2) + "\n")
         return replace(self, args=args)
 

@@ -53,9 +53,9 @@ def decoded(monkeypatch):
     names = []
     load = data.store.load_square
 
-    def spy(source, name, side):
+    def spy(source, name, *how):
         names.append(name)
-        return load(source, name, side)
+        return load(source, name, *how)
 
     monkeypatch.setattr(data.store, "load_square", spy)
     monkeypatch.setattr(data.store, "CHUNK", CHUNK)
@@ -71,10 +71,10 @@ def build_in_chunks(cache, root, gate=None):
     data.store.CHUNK = CHUNK
     load = data.store.load_square
 
-    def wait(source, name, side):
+    def wait(source, name, *how):
         while gate is not None and not os.path.exists(gate):
             time.sleep(0.01)
-        return load(source, name, side)
+        return load(source, name, *how)
 
     data.store.load_square = wait
     build(cache, root)

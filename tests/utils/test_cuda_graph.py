@@ -46,7 +46,8 @@ def recorder(monkeypatch):
                 work()
 
     @contextmanager
-    def recording(graph):
+    def recording(graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # a thread may read ahead meanwhile
         found.events.append("record")
         found.recording = graph.work
         yield
