@@ -49,6 +49,8 @@ def flags(folder, **changed):
         "distance": "l2",
     }
     assert changed.keys() <= default.keys()
+    default |= {"dataset": "cifar10", "protocol": "spq", "split_seed": 0}
+    default |= {"freeze_trunk": False, "cached_views": 0}
     return Namespace(**(default | changed))
 
 
