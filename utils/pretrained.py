@@ -30,8 +30,11 @@ def start_model(run: Run) -> SPQ:
     except ValueError as error:
         raise UserError(f"--arch={args.arch}: {error}") from error
     start_trunk(model.trunk, run)
-    # channels_last is the faster layout, but on a CPU not for odd numbers of channels
-    layout = torch.channels_last if args.width % 8 == 0 else torch.contiguous_format
+    # channels_last is the faster layout, but on a CPU not for odd numbers of channels; and torch
+    # 2.15 crashes there in the backward pass of 8 channels of 64 pixels
+    crashes = args.width <= 8 and max(args.input_size, args.crop_size) > 48
+    last = args.width % 8 == 0 and not (crashes and run.device.type == "cpu")
+    layout = torch.channels_last if last else torch.contiguous_format
     model = model.to(run.device, memory_format=layout)
     if args.freeze_trunk:
         model.freeze_trunk()
