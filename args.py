@@ -1,4 +1,4 @@
-"""Every flag of the main scripts; `python main_SPQ.py --help` is the documentation.
+"""Every flag of the scripts; `python main_SPQ.py --help` and its like are the documentation.
 
 A default stands here and nowhere else.
 """
@@ -21,7 +21,10 @@ from utils.retrieval import DISTANCES
 from utils.schedule import SCHEDULES
 
 LOSSES = ("cqc", "cqc-paper", "contrastive")
+SPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "staircase")
+GPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "released")
 FIGURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg")
+GPQ_WEIGHTS = ("n_pair_weight", "entropy_weight", "classification_weight")
 _UNSET = object()
 
 
@@ -29,6 +32,10 @@ positive_int = number(int, 1)
 count = number(int, 0)
 positive = number(float, 0, strict=True)
 not_negative = number(float, 0)
+
+
+def count_or_all(text: str) -> int | str:
+    return text if text == "all" else positive_int(text)
 
 
 def spq_parser() -> Parser:
@@ -41,11 +48,51 @@ def spq_parser() -> Parser:
     )
     add_recipe_flag(parser)
     add_data_flags(parser)
-    add_model_flags(parser)
+    add_model_flags(parser, "4, 8, 16 give the paper's 16, 32, 64")
+    add_spq_flags(parser)
     add_augmentation_flags(parser)
-    add_training_flags(parser)
+    add_training_flags(parser, SPQ_SCHEDULES)
     add_evaluation_flags(parser)
     add_run_flags(parser)
+    return parser
+
+
+def gpq_parser() -> Parser:
+    """The parser of main_GPQ.py: what it shares with main_SPQ.py has GPQ's defaults."""
+    parser = Parser(
+        prog="main_GPQ.py",
+        description="Generalized Product Quantization (CVPR 2020), semi-supervised: train, "
+        "evaluate, resume.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_data_flags(parser)
+    add_model_flags(parser, "3, 6, 8, 12 give the paper's 12, 24, 32, 48")
+    add_gpq_flags(parser)
+    add_training_flags(parser, GPQ_SCHEDULES)
+    add_evaluation_flags(parser)
+    add_run_flags(parser)
+    parser.set_defaults(
+        arch="cifar_vgg",
+        N_books=12,
+        L_word=12,
+        soft_quantization_scale=20.0,
+        batch_size=500,
+        epochs=300,
+        lr=2e-4,
+        beta1=0.5,
+        weight_decay=0.0,
+        lr_schedule="staircase",
+        eval_epoch=50,
+        # what has no flag here: one recipe, one quantizer, and what only SPQ has
+        recipe="paper",
+        quantizer="prototype",
+        distance="inner_product",
+        cached_views=0,
+        crop_size=None,
+        early_crop_size=None,
+        early_share=0.0,
+    )
     return parser
 
 
@@ -183,8 +230,7 @@ def add_data_flags(parser: Parser) -> None:
         type=positive_int,
         default=None,
         metavar="N",
-        help="classes that the data set may have; labels are only scored with, never trained on "
-        "(default: as many as there are)",
+        help="classes that the data set may have (default: as many as there are)",
     )
     flag(
         "--validate",
@@ -217,29 +263,31 @@ def add_data_flags(parser: Parser) -> None:
     )
 
 
-def add_model_flags(parser: Parser) -> None:
-    """Trunk and quantizer."""
+def add_model_flags(parser: Parser, lengths: str) -> None:
+    """Trunk and codebooks; `lengths` says which --N_books give the paper's codes."""
     group = parser.add_argument_group("model")
     flag = group.add_argument
     flag(
         "--arch",
         default="resnet18",
         metavar="NAME",
-        help="trunk: resnet18, or any model of timm, resnet50 for one",
+        help="trunk: resnet18, cifar_vgg (GPQ's), or any model of timm, resnet50 for one",
     )
     flag(
         "--stem",
         choices=STEMS,
         default=None,
         help="how a ResNet begins. cifar: a 3x3 convolution, for images of 32 to 64 pixels; "
-        "imagenet: 7x7 with stride 2 and a max-pool (default: cifar for resnet18, else imagenet)",
+        "imagenet: 7x7 with stride 2 and a max-pool (default: cifar for resnet18 and cifar_vgg, "
+        "else imagenet)",
     )
     flag(
         "--width",
         type=positive_int,
         default=64,
         metavar="CHANNELS",
-        help="channels of resnet18's first stage; 64 is the published network, 16 suits a CPU",
+        help="channels of the first stage of resnet18 or cifar_vgg; 64 is the published network, "
+        "16 suits a CPU",
     )
     flag(
         "--pretrained",
@@ -265,19 +313,11 @@ def add_model_flags(parser: Parser) -> None:
         help="train head and codebooks only",
     )
     flag(
-        "--cached_views",
-        type=count,
-        default=0,
-        metavar="N",
-        help="with --freeze_trunk: each image itself and so many random views of it go through the "
-        "trunk, once, and each step takes two of these; 1 does. 0: new views at each step",
-    )
-    flag(
         "--N_books",
         type=positive_int,
         default=8,
         metavar="M",
-        help="codebooks; a code has M * log2(K) bits: 4, 8, 16 give the paper's 16, 32, 64",
+        help=f"codebooks; a code has M * log2(K) bits: {lengths}",
     )
     flag(
         "--N_words",
@@ -294,6 +334,43 @@ def add_model_flags(parser: Parser) -> None:
         help="dimensions of a codeword; descriptors have D = M * d",
     )
     flag(
+        "--soft_quantization_scale",
+        type=positive,
+        default=5.0,
+        metavar="ALPHA",
+        help="alpha, the sharpness of the soft assignment, multiplies the distance; 1 to 20 is "
+        "usual",
+    )
+
+
+def add_spq_flags(parser: Parser) -> None:
+    """What only SPQ has: its loss, its ablations, and views that are kept."""
+    group = parser.add_argument_group("SPQ")
+    flag = group.add_argument
+    flag(
+        "--loss",
+        choices=LOSSES,
+        default="cqc-paper",
+        help="cqc-paper: only x against z of the other view; cqc: as released, all other rows are "
+        "negatives; contrastive: x with x, z with z (SPQ-C)",
+    )
+    flag(
+        "--contrastive_temperature",
+        type=positive,
+        default=0.5,
+        metavar="TAU",
+        help="tau_cqc, divides the cosines; 0.5 is the released value, 0.2 was better in short "
+        "trainings",
+    )
+    flag(
+        "--joint_views",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="both views through the network in one pass: batch norm then takes its statistics "
+        "over both, and a GPU has more to do at once",
+    )
+    flag(
         "--quantizer",
         choices=QUANTIZERS,
         default="soft",
@@ -301,11 +378,78 @@ def add_model_flags(parser: Parser) -> None:
         "all D dimensions, log2(K) bits (SPQ-Q)",
     )
     flag(
-        "--soft_quantization_scale",
+        "--cached_views",
+        type=count,
+        default=0,
+        metavar="N",
+        help="with --freeze_trunk: each image itself and so many random views of it go through the "
+        "trunk, once, and each step takes two of these; 1 does. 0: new views at each step",
+    )
+    flag(
+        "--distance",
+        choices=DISTANCES,
+        default="squared_l2",
+        help="of the headline figure; both are always reported. squared_l2 is standard ADC, l2 "
+        "what the released code ranks by",
+    )
+
+
+def add_gpq_flags(parser: Parser) -> None:
+    """What only GPQ has: labels, three losses and a gradient reversal."""
+    group = parser.add_argument_group("GPQ")
+    flag = group.add_argument
+    flag(
+        "--labels_per_class",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="see the labels of N images of each class only: the first ones of the split's "
+        "labelled images; of a split without such, random ones of the training images "
+        "(--split_seed). All others, the database's too, are trained on without labels (default: "
+        "the labels of all of these)",
+    )
+    flag(
+        "--classification_scale",
         type=positive,
-        default=5.0,
-        metavar="ALPHA",
-        help="sharpness of the soft assignment, multiplies the distance; 1 to 20 is usual",
+        default=4.0,
+        metavar="BETA",
+        help="scales descriptors and prototypes, so that logits reach its square",
+    )
+    flag(
+        "--n_pair_weight",
+        type=not_negative,
+        default=1.0,
+        metavar="WEIGHT",
+        help="of the N-pair product quantization loss; 0 takes it away",
+    )
+    flag(
+        "--entropy_weight",
+        type=not_negative,
+        default=0.1,
+        metavar="WEIGHT",
+        help="lambda_1, of the subspace entropy; 0 leaves the unlabelled images out",
+    )
+    flag(
+        "--classification_weight",
+        type=not_negative,
+        default=0.1,
+        metavar="WEIGHT",
+        help="lambda_2, of the classification loss; 0 takes it away",
+    )
+    flag(
+        "--reversal_weight",
+        type=not_negative,
+        default=1.0,
+        metavar="STRENGTH",
+        help="of the gradient reversal: what the network descends of the entropy, for what the "
+        "prototypes ascend; 0: the prototypes alone feel it",
+    )
+    flag(
+        "--reversal_warmup_epochs",
+        type=not_negative,
+        default=0.0,
+        metavar="N",
+        help="the reversal's strength rises linearly over the first N epochs, fractions allowed",
     )
 
 
@@ -360,25 +504,10 @@ def add_augmentation_flags(parser: Parser) -> None:
     )
 
 
-def add_training_flags(parser: Parser) -> None:
-    """Loss, optimiser, schedule, length."""
+def add_training_flags(parser: Parser, schedules: Sequence[str]) -> None:
+    """Optimiser, schedule, length."""
     group = parser.add_argument_group("training")
     flag = group.add_argument
-    flag(
-        "--loss",
-        choices=LOSSES,
-        default="cqc-paper",
-        help="cqc-paper: only x against z of the other view; cqc: as released, all other rows are "
-        "negatives; contrastive: x with x, z with z (SPQ-C)",
-    )
-    flag(
-        "--contrastive_temperature",
-        type=positive,
-        default=0.5,
-        metavar="TAU",
-        help="tau_cqc, divides the cosines; 0.5 is the released value, 0.2 was better in short "
-        "trainings",
-    )
     flag(
         "--batch_size",
         type=number(int, 2),
@@ -392,14 +521,6 @@ def add_training_flags(parser: Parser) -> None:
         default=2000,
         metavar="N",
         help="passes over the training images; the schedule ends here",
-    )
-    flag(
-        "--joint_views",
-        action=BooleanFlag,
-        default=False,
-        metavar="BOOL",
-        help="both views through the network in one pass: batch norm then takes its statistics "
-        "over both, and a GPU has more to do at once",
     )
     flag(
         "--freeze_bn_epoch",
@@ -457,6 +578,13 @@ def add_training_flags(parser: Parser) -> None:
         help="peak learning rate; a short training wants more, 2e-3 for Adam",
     )
     flag(
+        "--beta1",
+        type=number(float, 0.0, high=0.999),
+        default=0.9,
+        metavar="BETA",
+        help="decay of Adam's first moment",
+    )
+    flag(
         "--weight_decay",
         type=not_negative,
         default=1e-5,
@@ -465,17 +593,23 @@ def add_training_flags(parser: Parser) -> None:
     )
     flag(
         "--lr_schedule",
-        choices=SCHEDULES,
+        choices=schedules,
         default="cosine",
-        help="cosine: falls to 0 over all epochs; released: constant for 10 epochs, then a cosine "
-        "that swings with a period of 2 * steps-per-epoch epochs",
+        help="cosine: falls to 0 over all epochs; "
+        + (
+            "released: constant for 10 epochs, then a cosine that swings with a period of 2 * "
+            "steps-per-epoch epochs"
+            if "released" in schedules
+            else "staircase: times 0.95 every 100 steps, as released"
+        ),
     )
     flag(
         "--warmup_epochs",
         type=not_negative,
         default=0.0,
         metavar="N",
-        help="linear warm-up, fractions allowed; not with --lr_schedule=released",
+        help="linear warm-up, fractions allowed"
+        + ("; not with --lr_schedule=released" if "released" in schedules else ""),
     )
     flag(
         "--amp",
@@ -530,17 +664,11 @@ def add_evaluation_flags(parser: Parser) -> None:
     )
     flag(
         "--Top_N",
-        type=positive_int,
+        type=count_or_all,
         default=None,
         metavar="N",
-        help="the N of mAP@N (default: 5000 for FLICKR25K and NUS-WIDE, 1000 for all others)",
-    )
-    flag(
-        "--distance",
-        choices=DISTANCES,
-        default="squared_l2",
-        help="of the headline figure; both are always reported. squared_l2 is standard ADC, l2 "
-        "what the released code ranks by",
+        help="the N of mAP@N, or all: the whole ranking (default: all for GPQ; for SPQ 5000 on "
+        "FLICKR25K and NUS-WIDE, 1000 on all others)",
     )
     flag(
         "--eval_only",
@@ -621,6 +749,10 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     args.given = frozenset(name for name, value in said if value is not _UNSET)
     _resolve_data(parser, args)
     _resolve_model(parser, args)
+    weights = [getattr(args, name, None) for name in GPQ_WEIGHTS]
+    if not any(weights) and None not in weights:
+        names = ", ".join(f"--{name}" for name in GPQ_WEIGHTS)
+        parser.error(f"{names}: are all 0, so nothing would be learned; one must be above it")
     if args.eval_only and args.resume is None:
         parser.error("--eval_only: needs --resume, a checkpoint or auto")
     if args.resume == "":
@@ -662,15 +794,19 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     if args.early_crop_size is None:
         args.early_crop_size = args.crop_size
     sizes = {args.input_size, args.crop_size, args.early_crop_size}
-    if len(sizes) > 1 and args.arch not in OWN and has_fixed_size(args.arch):
+    if len(sizes) > 1 and has_fixed_size(args.arch):
         parser.error(
             f"--crop_size={args.crop_size}: {args.arch} is built for images of one size; allowed "
             f"for it and --early_crop_size is --input_size={args.input_size}"
         )
     if args.output_dir is None:
-        method = parser.prog.removeprefix("main_").removesuffix(".py")
-        args.output_dir = Path("runs") / f"{method}_{args.dataset}_{code_bits(args)}bits"
+        args.output_dir = Path("runs") / f"{_method(parser)}_{args.dataset}_{code_bits(args)}bits"
     return args
+
+
+def _method(parser: Parser) -> str:
+    """main_SPQ.py's is SPQ."""
+    return parser.prog.removeprefix("main_").removesuffix(".py")
 
 
 def _resolve_data(parser: Parser, args: argparse.Namespace) -> None:
@@ -685,7 +821,8 @@ def _resolve_data(parser: Parser, args: argparse.Namespace) -> None:
     if args.protocol not in (None, *known):
         parser.error(f"--protocol={args.protocol}: {name} has {', '.join(known)}")
     if args.protocol is None and args.split is None:
-        args.protocol = known[0]
+        usual = {"cifar10": "gpq", "folder": "class-folders"} if _method(parser) == "GPQ" else {}
+        args.protocol = usual.get(name, known[0])
     if args.image_dir is not None and (is_cifar or name == "folder"):
         parser.error(f"--image_dir: --dataset={name} has no lists of paths; --data_dir says it all")
     if args.protocol == UNLABELLED and args.validate:
@@ -696,7 +833,7 @@ def _resolve_data(parser: Parser, args: argparse.Namespace) -> None:
     if args.input_size is None:
         args.input_size = 32 if is_cifar else 64
     if args.Top_N is None:
-        args.Top_N = TOP_N.get(name, 1000)
+        args.Top_N = "all" if _method(parser) == "GPQ" else TOP_N.get(name, 1000)
 
 
 def _resolve_model(parser: Parser, args: argparse.Namespace) -> None:
@@ -708,11 +845,13 @@ def _resolve_model(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--arch: {error}")
     if args.stem is None:
         args.stem = default_stem(args.arch)
+    if args.arch == "cifar_vgg" and args.stem != "cifar":
+        parser.error(f"--stem={args.stem}: cifar_vgg has no such; allowed is cifar")
     own = args.arch in OWN and args.stem == "cifar"
     if args.width != 64 and not own:
         parser.error(
             f"--width={args.width}: --arch={args.arch} --stem={args.stem} has one width; leave it "
-            "away, or take --arch=resnet18 --stem=cifar"
+            "away, or take --arch=resnet18 or cifar_vgg with --stem=cifar"
         )
     if args.pretrained and args.weights is not None:
         parser.error("--weights: contradicts --pretrained; allowed is one of them")

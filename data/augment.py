@@ -1,12 +1,15 @@
-"""SimCLR's augmentation on the device that trains: by kornia, and as one batched pass."""
+"""Augmentation on the device that trains: SimCLR's, by kornia and as one batched pass; GPQ's."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils.evaluation import to_unit
 
 RATIO = (3 / 4, 4 / 3)  # of a crop, width / height
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue (in turns)
@@ -245,6 +248,37 @@ def blur(view: Tensor, side: Tensor) -> Tensor:
     view = (1 - 2 * side) * view + side * (padded[:, :, :-2] + padded[:, :, 2:])
     padded = F.pad(view, (1, 1, 0, 0), mode="reflect")
     return (1 - 2 * side) * view + side * (padded[..., :-2] + padded[..., 2:])
+
+
+class CropFlip(nn.Module):
+    """uint8 images -> one float view of each: padded, cropped at random and mirrored, by kornia.
+
+    An eighth of the side (4 of 32 pixels) is added at each edge in the mean colour, which
+    normalisation makes 0; then RandomCrop(side), RandomHorizontalFlip(0.5). Random numbers come
+    from torch's global generator: seeded runs repeat.
+
+    Args:
+        side: of the images and of the views, pixels.
+        colour: of the edges, (3,) in [0, 1].
+    Source: GPQ's released training. Departures: none.
+    """
+
+    def __init__(self, side: int, colour: Sequence[float]) -> None:
+        super().__init__()
+        self.side = side
+        self.register_buffer("colour", torch.tensor(colour).view(1, 3, 1, 1))
+        self.transforms = nn.Sequential(
+            # "resample" crops the whole batch in one warp; at whole pixels it changes no value
+            K.RandomCrop((side, side), padding=side // 8, cropping_mode="resample"),
+            K.RandomHorizontalFlip(p=P_FLIP),
+        )
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 -> views (B, 3, side, side) float32 in [0, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            centred = to_unit(images, self.side) - self.colour
+            return (self.transforms(centred) + self.colour).clamp_(0, 1)
 
 
 AUGMENTATIONS = {"kornia": SimCLRAugment, "batched": BatchedAugment}

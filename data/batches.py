@@ -175,3 +175,39 @@ class CachedViewBatches:
         second = (first + torch.randint(1, V, (B,), generator=generator)) % V
         image = torch.arange(B, device=rows.device)
         return tuple(rows[image, view.to(rows.device)].float() for view in (first, second))
+
+
+class SemiSupervisedBatches:
+    """Views of labelled images, their labels, and views of images without labels.
+
+    An epoch is a pass over the labelled images; the others go round at their own pace.
+
+    Args:
+        labelled: views of labelled images, one of each.
+        labels: of all labelled images, (N,) or (N, C), on the device.
+        unlabelled: views of the others.
+        reversal_at: step -> strength of the gradient reversal.
+    """
+
+    def __init__(
+        self,
+        labelled: ViewBatches,
+        labels: Tensor,
+        unlabelled: ViewBatches,
+        reversal_at: Callable[[int], float],
+    ) -> None:
+        self.labelled, self.labels, self.unlabelled = labelled, labels, unlabelled
+        self.reversal_at = reversal_at
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.labelled)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's labelled views (B, 3, S, S) at `step`, their labels (B,) or (B, C),
+        unlabelled views (U, 3, S, S), and the gradient reversal's strength for each of these."""
+        (view,) = self.labelled.batch(step)
+        labels = self.labels[self.labelled.batches.chosen(step).to(self.labels.device)]
+        (other,) = self.unlabelled.batch(step)
+        strength = torch.full((len(other),), self.reversal_at(step), device=other.device)
+        return view, labels, other, strength

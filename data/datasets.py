@@ -3,14 +3,14 @@
 import os
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.manifest import Split
-from data.protocols import held_out
+from data.protocols import held_out, semi_supervised
 from data.splits import cifar_pool, load_split, split_cifar
 from data.store import Faults, RowStore, store_images
 from utils.distributed import Ranks
@@ -32,7 +32,8 @@ class DataSet:
     Attributes:
         split: names, labels, roles, as the flags ask for them.
         used: the same without the images that could not be read.
-        train: images to train on.
+        train: images to train on, without labels.
+        labelled: images whose labels are trained on, and these; None with an unsupervised method.
         query, db: images and labels of the two sides; None where there are no labels.
         left_out: how many images of the split could not be read.
     """
@@ -40,6 +41,7 @@ class DataSet:
     split: Split
     used: Split
     train: Images
+    labelled: tuple[Images, Tensor] | None
     query: tuple[Images, Tensor] | None
     db: tuple[Images, Tensor] | None
     left_out: int
@@ -50,8 +52,8 @@ class DataSet:
         return self.split.listing.classes
 
 
-def load_dataset(args: Namespace, device: torch.device) -> DataSet:
-    """The set that the flags ask for, its split said in a line.
+def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> DataSet:
+    """The set that the flags ask for.
 
     CIFAR's images are held as they are. All others are decoded once and squeezed to --input_size
     in a store below --cache_dir; from there they go into memory, and those that are trained on to
@@ -60,8 +62,10 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
     Args:
         args: dataset, data_dir, image_dir, protocol, split, split_seed, if_download, validate,
             skip_missing, input_size, cache_dir, num_workers, max_pixels, limit_train, limit_db,
-            limit_query, cached_views, eval_only.
+            limit_query, cached_views, eval_only; and labels_per_class if `semi`.
         device: that trains.
+        semi: for a semi-supervised method, which sees the labels of some images
+            (`data.protocols.semi_supervised`).
     Raises:
         UserError: if files are missing or damaged (without --skip_missing), or nothing is left.
     """
@@ -69,10 +73,11 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
     cpu = torch.device("cpu")
     if args.dataset.startswith("cifar"):
         images, split = _load_cifar(args)
-        wanted = _used_roles(split)
     else:
         split = load_split(args)
-        wanted = _used_roles(split)
+    split = _with_labels(split, args) if semi else split
+    wanted = (*_used_roles(split), *(["labelled"] if semi else []))
+    if not args.dataset.startswith("cifar"):
         root = args.image_dir or args.data_dir
         names = split.listing.names
         images, faults = store_images(
@@ -100,21 +105,38 @@ def load_dataset(args: Namespace, device: torch.device) -> DataSet:
     def hold_some(rows: Tensor, place: torch.device) -> Images:
         return images.part(rows) if on_disk else hold(images, rows, place)
 
-    train = hold_some(trained, device)
+    train, labelled = hold_some(trained, device), None
+    if semi:
+        rows = roles["labelled"]
+        labelled = hold(images, rows, device), split.listing.labels[rows].to(device)
     if "query" not in wanted:
-        return DataSet(split, used, train, None, None, len(faults))
+        return DataSet(split, used, train, labelled, None, None, len(faults))
     sides = []
     for rows in (roles["query"][: args.limit_query], roles["database"][: args.limit_db]):
         shared = torch.equal(rows, trained) and (isinstance(train, RowStore) or not train.is_cuda)
         held = train if shared else hold_some(rows, cpu)
         sides.append((held, split.listing.labels[rows]))
-    return DataSet(split, used, train, *sides, len(faults))
+    return DataSet(split, used, train, labelled, *sides, len(faults))
 
 
 def _used_roles(split: Split) -> tuple[str, ...]:
     """The roles that must have images."""
     asked = [role for role in ("query", "database") if len(split.roles.get(role, ()))]
     return ("train", "query", "database") if asked else ("train",)
+
+
+def _with_labels(split: Split, args: Namespace) -> Split:
+    """The split of a semi-supervised method: what is labelled stands in it."""
+    if len(split.listing.classes) < 2:
+        raise UserError(
+            f"--dataset={split.dataset}: has no labels, and some are needed here; a folder that "
+            "has a folder for each class takes --protocol=class-folders"
+        )
+    # GPQ's own split takes the first images of each class
+    drawn = args.labels_per_class is not None and "labelled" not in split.roles
+    seed = args.split_seed if drawn else None
+    roles = semi_supervised(split.roles, split.listing.labels, args.labels_per_class, seed)
+    return replace(split, roles=roles, seed=args.split_seed if drawn else split.seed)
 
 
 def _load_cifar(args: Namespace) -> tuple[Tensor, Split]:

@@ -88,11 +88,70 @@ def gpq(labels: Tensor, every: int = 60, labelled: int = 500) -> Roles:
     return _ascending(train=others, labelled=known, query=query, database=others)
 
 
+def semi_supervised(
+    roles: Roles, labels: Tensor, labels_per_class: int | None, seed: int | None
+) -> Roles:
+    """Which images' labels a semi-supervised method sees, and which it trains on without labels.
+
+    Labelled are those of the role `labelled`, or where no image has it those of `train`; or so many
+    of each class of these. Trained on without labels are all others of `train`, `labelled` and
+    `database`, as in GPQ, or where there are none the labelled ones themselves. Queries are
+    neither.
+
+    Args:
+        roles: of the split.
+        labels: (N,) or (N, C).
+        labels_per_class: labelled images of each class (default: all). In a multi-label set the
+            classes have their turns from the rarest to the commonest, and an image that was taken
+            is not taken again.
+        seed: of which ones; None takes the first.
+    Returns:
+        The roles with `train` and `labelled` so.
+    Raises:
+        UserError: if a class has too few images, or no image is left.
+    """
+    free = torch.zeros(len(labels), dtype=torch.bool)
+    free[roles["labelled" if "labelled" in roles else "train"]] = True
+    asked = torch.zeros_like(free)
+    if "query" in roles:
+        asked[roles["query"]] = True
+    free &= ~asked
+    pool = free.nonzero()[:, 0]
+    if not len(pool):
+        raise UserError("--split: has no image to take labels from that is not a query")
+    known = pool
+    if labels_per_class is not None:
+        multilabel = labels.dim() == 2
+        sizes = (labels[pool] > 0).sum(dim=0) if multilabel else labels[pool].bincount()
+        order = pool if seed is None else pool[shuffled(len(pool), seed)]
+        picked = []
+        for c in sizes.argsort(stable=True).tolist():
+            member = labels[order, c] > 0 if multilabel else labels[order] == c
+            rows = order[member & free[order]]
+            if len(rows) < labels_per_class and sizes[c]:
+                left = " that no rarer one took" if multilabel else ""
+                raise UserError(
+                    f"--labels_per_class={labels_per_class}: class {c} has {len(rows)} images to "
+                    f"take labels from{left}; allowed is 1 to that"
+                )
+            picked.append(rows[:labels_per_class])
+            free[picked[-1]] = False
+        known = torch.cat(picked)
+    others = torch.zeros_like(free)
+    for role in ("train", "labelled", "database"):
+        if role in roles:
+            others[roles[role]] = True
+    others[known] = False
+    others &= ~asked
+    train = others.nonzero()[:, 0] if others.any() else known
+    return _ascending(**{**roles, "train": train, "labelled": known})
+
+
 def held_out(roles: Roles, seed: int | None) -> Roles:
     """A tenth of the training images as queries instead, and out of the database (`--validate`).
 
     Args:
-        roles: of the split; what is labelled stays so.
+        roles: of the split; what is labelled stays so, but for the queries.
         seed: of a random tenth; None takes the last one, for sets whose order is random already.
     Raises:
         UserError: if less than two images are trained on.
@@ -102,9 +161,12 @@ def held_out(roles: Roles, seed: int | None) -> Roles:
         raise UserError(f"--validate: wants 2 training images or more, and there are {len(train)}")
     order = train if seed is None else train[shuffled(len(train), seed)]
     kept = len(order) * 9 // 10
-    query, database = order[kept:], roles["database"]
-    rest = database[~torch.isin(database, query)]
-    return _ascending(**{**roles, "train": order[:kept], "query": query, "database": rest})
+    query = order[kept:]
+    found = {**roles, "train": order[:kept], "query": query}
+    for role in ("labelled", "database"):
+        if role in roles:
+            found[role] = roles[role][~torch.isin(roles[role], query)]
+    return _ascending(**found)
 
 
 def _ascending(**roles: Tensor) -> Roles:

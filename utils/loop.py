@@ -21,6 +21,7 @@ from utils.device import AMP_DTYPES
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logging import RunLog, plain
+from utils.metrics import ap_definition
 from utils.optimizers import build_optimizers, restore_optimizer, set_lr
 from utils.schedule import lr_schedule
 
@@ -69,7 +70,8 @@ class Trainer:
         method: name that checkpoints carry, "SPQ".
         model: on the device. Its state_dict is what checkpoints hold.
         embed: (model, views) -> tensors with a row for each image of the batch.
-        loss_of: those tensors, of the whole batch -> scalar loss.
+        loss_of: those tensors, of the whole batch -> scalar loss, or its terms by name, which are
+            added up and logged.
         batches: source of the views.
         evaluate: model -> list of metric dicts, the headline first; None where there is nothing to
             evaluate with.
@@ -83,7 +85,7 @@ class Trainer:
         method: str,
         model: nn.Module,
         embed: Callable[[nn.Module, Views], Views],
-        loss_of: Callable[..., Tensor],
+        loss_of: Callable[..., Tensor | dict[str, Tensor]],
         batches: Batches,
         evaluate: Callable[[nn.Module], list[dict]] | None,
         ranks: Ranks,
@@ -111,7 +113,9 @@ class Trainer:
         # Reading a loss is a CPU-GPU sync point: on a GPU the CPU must run ahead, to keep it busy.
         on_cpu = self.device.type == "cpu"
         self.log_every = args.log_every or (10 if on_cpu else len(batches))
-        self._unread: list[tuple[int, Tensor]] = []  # steps and their loss and gradient norm
+        # steps and their loss, gradient norm and terms of the loss
+        self._unread: list[tuple[int, Tensor]] = []
+        self._terms: tuple[str, ...] = ()  # names, known from the first step on
         # a graph holds nothing that waits for the device (fp16's scaler) or for other ranks
         graphs = args.cuda_graph and not on_cpu and ranks.world_size == 1 and args.amp != "fp16"
         if args.cuda_graph and not graphs and ranks.is_main:
@@ -144,49 +148,62 @@ class Trainer:
         self.step += 1
 
     def _optimise(self, views: Views) -> Tensor:
-        """Forward, backward and update, all on the device; loss and gradient norm, (2,)."""
+        """Forward, backward and update, all on the device; loss, gradient norm and the terms of the
+        loss, (2 + terms,)."""
         self.model.zero_grad()
-        loss = self._backward(views)
+        loss, *terms = self._backward(views)
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        stats = torch.stack([loss.detach().float(), norm.float()])
+        stats = torch.stack([value.detach().float() for value in (loss, norm, *terms)])
         if self.device.type == "cpu":
-            self._check_finite(self.step, *stats.tolist(), "; the step was not taken")
+            self._check_finite(self.step, *stats[:2].tolist(), "; the step was not taken")
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         return stats
 
-    def _backward(self, views: Views) -> Tensor:
-        """The loss of the whole batch, its gradients in place."""
-        if self.args.accumulate == 1:
-            with self.autocast():
-                loss = self.loss_of(*self.ranks.gather(*self.embed(self.wrapped, views)))
-            self.scaler.scale(loss).backward()
-            return loss
+    def _loss(self, embedded: Views) -> tuple[Tensor, ...]:
+        """Loss of the whole batch, and its terms if it has several."""
+        with self.autocast():
+            found = self.loss_of(*self.ranks.gather(*embedded))
+        if isinstance(found, Tensor):
+            return (found,)
+        self._terms = tuple(found)
+        return sum(found.values()), *found.values()
+
+    def _backward(self, views: Views) -> tuple[Tensor, ...]:
+        """The loss of the whole batch and its terms, its gradients in place."""
+        n = self.args.accumulate
+        if n == 1:
+            losses = self._loss(self._embed_part(views))
+            self.scaler.scale(losses[0]).backward()
+            return losses
         # A contrastive loss is no sum over images, so its gradients cannot be summed over parts of
         # a batch. First the embeddings of all parts without a graph, then the loss's gradient with
         # respect to them, then each part again with a graph (Gao et al. 2021, GradCache).
-        parts = list(zip(*(view.chunk(self.args.accumulate) for view in views), strict=True))
+        parts = list(zip(*(view.chunk(n) for view in views), strict=True))
         with torch.no_grad(), kept_statistics(self.model):
             outputs = [self._embed_part(part) for part in parts]
-        leaves = [torch.cat(rows).requires_grad_() for rows in zip(*outputs, strict=True)]
-        with self.autocast():
-            loss = self.loss_of(*self.ranks.gather(*leaves))
-        self.scaler.scale(loss).backward()
-        grads = list(zip(*(leaf.grad.split(len(parts[0][0])) for leaf in leaves), strict=True))
+        leaves = [torch.cat(rows) for rows in zip(*outputs, strict=True)]
+        for leaf in leaves:
+            leaf.requires_grad_(leaf.is_floating_point())  # not labels
+        losses = self._loss(tuple(leaves))
+        self.scaler.scale(losses[0]).backward()
+        grads = [None if leaf.grad is None else leaf.grad.chunk(n) for leaf in leaves]
         for i, part in enumerate(parts):
-            last = i + 1 == len(parts)  # gradients of the ranks are averaged once
+            last = i + 1 == n  # gradients of the ranks are averaged once
             with nullcontext() if last or self.wrapped is self.model else self.wrapped.no_sync():
-                torch.autograd.backward(self._embed_part(part), grads[i])
-        return loss
+                embedded = zip(self._embed_part(part), grads, strict=True)
+                pairs = [(x, grad[i]) for x, grad in embedded if grad is not None]
+                torch.autograd.backward(*zip(*pairs, strict=True))
+        return losses
 
     def _embed_part(self, views: Views) -> Views:
         with self.autocast():
             return self.embed(self.wrapped, views)
 
-    def read_losses(self) -> float:
-        """Mean loss of the steps since the last reading (a CPU-GPU sync point).
+    def read_losses(self) -> dict[str, float]:
+        """Mean "loss" of the steps since the last reading, and of its terms (a CPU-GPU sync point).
 
         Raises:
             TrainingStopped: if a loss or a gradient was not finite.
@@ -195,11 +212,12 @@ class Trainer:
         self._unread = []
         values = torch.stack(stats).tolist()
         if not self.scaler.is_enabled():
-            for step, (loss, norm) in zip(steps, values, strict=True):
+            for step, (loss, norm, *_) in zip(steps, values, strict=True):
                 self._check_finite(step, loss, norm, f"; the weights since step {step} are lost")
         elif self.scaler.get_scale() < LOWEST_SCALE:
             self._diverged(f"All fp16 gradients up to step {self.step} overflow")
-        return sum(loss for loss, _ in values) / len(values)
+        loss, _, *terms = (sum(column) / len(values) for column in zip(*values, strict=True))
+        return {"loss": loss} | dict(zip(self._terms, terms, strict=True))
 
     def _check_finite(self, step: int, loss: float, norm: float, outcome: str) -> None:
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -281,14 +299,14 @@ class Trainer:
                     asked = self.ranks.max(asked)
                 saves = due or asked or self.step % self.args.checkpoint_every == 0
                 if reads or saves:
-                    loss = self.read_losses()
+                    losses = self.read_losses()
                     passed = time.perf_counter() - clock
                     speed = (self.step - clock_step) * self.args.batch_size / max(1e-9, passed)
                     clock_step = self.step
                     lr = self.lr_at(self.step - 1)
                     entry = {"kind": "train", "epoch": self.step / epoch_steps, "step": self.step}
-                    self.log.write(entry | {"loss": loss, "lr": lr, "images_per_s": speed})
-                    self._show(bar, epoch, loss, lr, speed)
+                    self.log.write(entry | losses | {"lr": lr, "images_per_s": speed})
+                    self._show(bar, epoch, losses["loss"], lr, speed)
                 if asked >= OVER and not done:
                     self._stop(asked >> SIGNAL_SHIFT)
                 if saves:
@@ -444,14 +462,14 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _summary(metrics: list[dict], top_n: int) -> str:
+def _summary(metrics: list[dict], top_n: int | str) -> str:
     """One line a distance: what was measured and how it is defined."""
     lines = []
     for entry in metrics:
+        whole = "" if top_n == "all" else f", mAP@all {entry['mAP@all']:.4f}"
         lines.append(
             f"[epoch {entry['epoch']:g}, step {entry['step']}] {entry['code_bits']:g} bits, "
             f"{entry['distance']}: mAP@{top_n} {entry[f'mAP@{top_n}']:.4f} "
-            f"(AP over relevant found in the top {top_n}), mAP@all {entry['mAP@all']:.4f}, "
-            f"{entry['queries']} queries"
+            f"({ap_definition(top_n)}){whole}, {entry['queries']} queries"
         )
     return "\n".join(lines)

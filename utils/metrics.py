@@ -67,6 +67,13 @@ def _precision_sum(ranks: np.ndarray) -> float:
     return float((np.arange(1, len(ranks) + 1) / ranks).sum())
 
 
+def ap_definition(top_n: int | str) -> str:
+    """What `mAP@n` of `evaluate_retrieval` is, in words; of "all" too."""
+    if top_n == "all":
+        return "AP over the whole ranking"
+    return f"AP over the relevant images found in the top {top_n}"
+
+
 def curve_cutoffs(n: int) -> list[int]:
     """About CURVE_POINTS ranks from 1 to n, evenly spaced in the logarithm."""
     return sorted({min(n, round(p)) for p in np.geomspace(1, n, CURVE_POINTS).tolist()} | {n})
@@ -79,7 +86,7 @@ def evaluate_retrieval(
     db_labels: Tensor,
     codebooks: Tensor,
     distance: str = "squared_l2",
-    top_n: int = 1000,
+    top_n: int | str = 1000,
     whole_ranking: bool = True,
 ) -> dict[str, float | int | str | dict[str, list[float]]]:
     """Every retrieval metric of one set of queries against one coded database.
@@ -90,7 +97,8 @@ def evaluate_retrieval(
         db_codes: (N, M) integers.
         codebooks: (M, K, d).
         distance: as `utils.retrieval.lookup_tables`.
-        top_n: the n of mAP@n; larger than the database means the whole database.
+        top_n: the n of mAP@n; larger than the database means the whole database. "all": the whole
+            database; mAP@all is then the only mAP.
         whole_ranking: also rank everything: mAP@all and a curve down to the last rank.
     Returns:
         `mAP@n` (normaliser: found), `mAP@n_all_relevant` (normaliser: all relevant), `mAP@all`,
@@ -101,10 +109,17 @@ def evaluate_retrieval(
     Raises:
         ValueError: if numbers of labels and vectors differ, or there are no queries.
     """
-    _check_numbers(len(query), len(query_labels), len(db_codes), len(db_labels), top_n)
-    depth = len(db_codes) if whole_ranking else min(top_n, len(db_codes))
+    N = len(db_codes)
+    n = max(1, N) if top_n == "all" else top_n
+    _check_numbers(len(query), len(query_labels), N, len(db_labels), n)
+    whole_ranking = whole_ranking or top_n == "all"
+    depth = N if whole_ranking else min(n, N)
     rankings = ranked(query, db_codes, codebooks, depth, distance)
-    figures = evaluate_rankings(rankings, query_labels, db_labels, depth, top_n, whole_ranking)
+    figures = evaluate_rankings(rankings, query_labels, db_labels, depth, n, whole_ranking)
+    if top_n == "all":  # what is named after N is the same as mAP@all, or means nothing
+        kept = {f"precision@{cutoff}" for cutoff in PRECISION_CUTOFFS}
+        named = (f"@{n}", f"@{n}_all_relevant")
+        figures = {k: v for k, v in figures.items() if k in kept or not k.endswith(named)}
     return {"distance": distance} | figures
 
 

@@ -40,7 +40,8 @@ def build_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Opti
         found.append(torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common))
     else:
         kind = torch.optim.AdamW if args.optimizer == "adamw" else torch.optim.Adam
-        found.append(kind(parameters, capturable=graphed, **common))
+        betas = (args.beta1, 0.999)
+        found.append(kind(parameters, betas=betas, capturable=graphed, **common))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["share"] = args.muon_lr / args.lr if isinstance(optimizer, Muon) else 1.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import SPQ
+from models import QuantizationNetwork
 from models.trunks import LITE0, load_weights
 from utils.checkpoint import FORMAT as CHECKPOINT
 from utils.errors import UserError
@@ -18,7 +18,7 @@ from utils.trained import MODEL, build_from_flags
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys that others save weights under
 
 
-def start_model(run: Run) -> SPQ:
+def start_model(run: Run) -> QuantizationNetwork:
     """The network of a run's flags on its device, its trunk as the flags want it to start.
 
     Raises:
@@ -26,7 +26,7 @@ def start_model(run: Run) -> SPQ:
     """
     args = run.args
     try:
-        model = build_from_flags(vars(args))
+        model = build_from_flags(run.method, vars(args))
     except ValueError as error:
         raise UserError(f"--arch={args.arch}: {error}") from error
     start_trunk(model.trunk, run)

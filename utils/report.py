@@ -13,7 +13,7 @@ from utils.checkpoint import LAST
 from utils.figures import learning_curve, retrieval_grid
 from utils.logging import METRICS, read_metrics
 from utils.loop import Trainer
-from utils.metrics import relevance
+from utils.metrics import ap_definition, relevance
 from utils.setup import Run
 
 COLUMNS = 10  # nearest images drawn
@@ -67,7 +67,7 @@ def report(
     when = "of the last epoch" if full else f"at step {trainer.step}, epoch {head['epoch']:.3g}"
     print(
         f"\nResult {when}: {name} = {head[name]:.4f} at {head['code_bits']:g} bits "
-        f"({head['distance']}, AP over the relevant images found in the top {args.Top_N}, "
+        f"({head['distance']}, {ap_definition(args.Top_N)}, "
         f"{head['queries']} queries{_missing(left_out)})"
     )
     for what, path in places:

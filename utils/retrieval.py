@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DISTANCES = ("squared_l2", "l2")
+DISTANCES = ("squared_l2", "l2", "inner_product")
+UNIT_TOLERANCE = 1e-3  # of lengths that must not be above 1
 
 CHUNK_BYTES = 128 * 2**20  # ranked keys, and tables, of one chunk of queries
 DB_CHUNK = 2**18  # items looked at together
@@ -23,24 +24,36 @@ def lookup_tables(query: Tensor, codebooks: Tensor, distance: str = "squared_l2"
 
         squared_l2: lut[q, m, k] = || query[q, m] - codebooks[m, k] ||^2
         l2:         lut[q, m, k] = || query[q, m] - codebooks[m, k] ||
+        inner_product:  lut[q, m, k] = 1 - <query[q, m], codebooks[m, k]>
 
     Args:
         query: (Q, D) descriptors, D = M * d.
         codebooks: (M, K, d).
         distance: "squared_l2" is standard ADC, and what FAISS ranks by. "l2" sums unsquared norms
-            over the subspaces, as the released SPQ code does.
+            over the subspaces, as the released SPQ code does. "inner_product" is GPQ's, for
+            sub-vectors and codewords of length 1, where it is half of squared_l2.
     Returns:
-        lut (Q, M, K) float32.
+        lut (Q, M, K) float32, not negative.
     Raises:
-        ValueError: if shapes do not fit or the distance is unknown.
-    Source: Jegou et al. 2011, equation 13 (squared_l2).
+        ValueError: if shapes do not fit, the distance is unknown, or it is "inner_product" and a
+            sub-vector or codeword is longer than 1.
+    Source: Jegou et al. 2011, equation 13 (squared_l2); GPQ, section 3.5 (inner_product).
     """
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}")
     M, _, d = codebooks.shape
     if query.dim() != 2 or query.shape[1] != M * d:
         raise ValueError(f"queries must be (Q, {M * d}); got {tuple(query.shape)}")
-    slices = query.float().reshape(-1, M, d).unbind(dim=1)
+    parts = query.float().reshape(-1, M, d)
+    if distance == "inner_product":
+        words = codebooks.float()
+        longest = max(v.norm(dim=-1).max().item() for v in (parts, words) if v.numel())
+        if longest > 1 + UNIT_TOLERANCE:
+            raise ValueError(
+                f"inner_product is a distance between sub-vectors of length 1; one has {longest:g}"
+            )
+        return (1 - torch.einsum("qmd,mkd->qmk", parts, words)).clamp_(min=0)
+    slices = parts.unbind(dim=1)
     # differences, not ||q||^2 - 2 <q, c> + ||c||^2: no cancellation when q is close to c; one
     # codebook at a time, so that (Q, K, d) is all that they take
     lut = torch.stack(

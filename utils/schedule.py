@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 
-SCHEDULES = ("cosine", "constant", "released")
+SCHEDULES = ("cosine", "constant", "staircase", "released")
 RELEASED_CONSTANT_EPOCHS = 10
+STAIR_STEPS, STAIR_FACTOR = 100, 0.95
 
 
 def lr_schedule(
@@ -14,6 +15,7 @@ def lr_schedule(
 
         cosine:    lr * (1 + cos(pi * t)) / 2, t the fraction of the steps after warm-up done
         constant:  lr
+        staircase: lr * 0.95^floor(t / 100), t the steps after warm-up done
         released:  lr for 10 epochs, then lr * (1 + cos(pi * (epoch - 10) / steps_per_epoch)) / 2,
                    which swings up again: with CIFAR-10's 195 steps its period is 390 epochs
 
@@ -27,7 +29,8 @@ def lr_schedule(
         warmup_epochs: may be a fraction.
     Raises:
         ValueError: if the kind is unknown.
-    Source: SPQ's released training loop ("released"); Loshchilov & Hutter 2017 (cosine).
+    Source: SPQ's released training loop ("released"), GPQ's ("staircase"); Loshchilov & Hutter
+        2017 (cosine).
     """
     if kind not in SCHEDULES:
         raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
@@ -39,6 +42,8 @@ def lr_schedule(
             return lr * (step + 1) / warmup
         if kind == "constant":
             return lr
+        if kind == "staircase":
+            return lr * STAIR_FACTOR ** ((step - warmup) // STAIR_STEPS)
         if kind == "cosine":
             t = min(1.0, (step - warmup) / max(1, total - warmup))
             return lr * (1 + math.cos(math.pi * t)) / 2

@@ -19,14 +19,14 @@ from utils.logging import plain
 SPLIT = "split.json"  # in a run's folder: the first line of the split it used
 # flags that older checkpoints do not have
 OLDER = {"stem": "cifar", "split": None, "split_seed": 0, "image_dir": None, "dataset": "cifar10"}
-OLDER |= {"freeze_trunk": False, "cached_views": 0, "pretrained": False, "weights": None}
+OLDER |= {"freeze_trunk": False, "cached_views": 0}
 # flags that give a model its shape: a checkpoint fits only if they are equal
 SHAPE_FLAGS = ["arch", "stem", "width", "N_books", "N_words", "L_word", "quantizer"]
 # flags that an evaluation takes from the checkpoint unless they are given
 MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs", "validate"]
-MODEL_FLAGS += ["freeze_trunk"]
+MODEL_FLAGS += ["freeze_trunk", "soft_quantization_scale", "n_classes"]
 # and which it takes unless any of them is given
-SPLIT_FLAGS = ["protocol", "split", "split_seed"]
+SPLIT_FLAGS = ["protocol", "split", "split_seed", "labels_per_class"]
 # flags that may differ on a resume without a word
 FREE_FLAGS = {
     "resume",
@@ -74,7 +74,7 @@ class Run:
     """One run of a main script.
 
     Attributes:
-        method: "SPQ".
+        method: "SPQ" or "GPQ".
         args: the flags, `amp` resolved to what is used.
         device: where it computes.
         ranks: this process among the others.
@@ -86,6 +86,10 @@ class Run:
     device: torch.device
     ranks: Ranks
     checkpoint: dict | None
+
+    def with_flags(self, **flags: str | int | float) -> "Run":
+        """This run with more that decides what it is, kept as its flags are."""
+        return replace(self, args=Namespace(**vars(self.args) | flags))
 
     def with_data(self, split: Split, used: Split, left_out: int) -> "Run":
         """This run with the split it uses in its flags; says it and keeps it in `split.json`.
@@ -100,17 +104,17 @@ class Run:
         """
         head = split.head()
         used_sha256 = head["sha256"] if used is split else used.sha256
-        args = Namespace(**vars(self.args) | {"split_sha256": used_sha256})
+        args, changed = self.args, self.with_flags(split_sha256=used_sha256)
         C = len(head["classes"])
         if args.num_cls is not None and args.num_cls < C:
             raise UserError(
                 f"--num_cls={args.num_cls}: the data set has {C} classes; allowed is {C} or more"
             )
         saved = self.checkpoint["args"].get("split_sha256") if self.checkpoint else None
-        other = saved not in (None, args.split_sha256)
+        other = saved not in (None, used_sha256)
         if other and not args.eval_only:
             raise UserError(
-                f"--data_dir={args.data_dir}: its split is {args.split_sha256[:16]}, and the run "
+                f"--data_dir={args.data_dir}: its split is {used_sha256[:16]}, and the run "
                 f"that --resume={args.resume} goes on with began with {saved[:16]}; give back the "
                 "flags, images and lists it had, or begin another run"
             )
@@ -122,7 +126,7 @@ class Run:
             if not args.eval_only:
                 head |= {"left_out": left_out, "used_sha256": used_sha256}
                 put_text(args.output_dir / SPLIT, json.dumps(head, indent=2) + "\n")
-        return replace(self, args=args)
+        return changed
 
 
 def start_run(method: str, args: Namespace) -> Run:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from models import SPQ, build_spq
+from models import GPQ, SPQ, QuantizationNetwork, build_gpq, build_spq
 from utils.checkpoint import FORMAT as CHECKPOINT
 from utils.checkpoint import LAST, VERSION, find_parts, read_torch, write_torch
 from utils.errors import UserError
@@ -17,6 +17,7 @@ from utils.errors import UserError
 MODEL = "product-quantization-model"  # weights alone; a checkpoint has the optimizer's state too
 # what besides the weights decides which code an image gets
 SHAPE = ("arch", "width", "quantizer", "N_books", "N_words", "L_word", "input_size")
+DECISIVE = {"SPQ": SHAPE, "GPQ": (*SHAPE, "soft_quantization_scale")}  # by method
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,13 @@ class Trained:
 
     Attributes:
         model: in evaluation mode, on the CPU, float32.
-        method: "SPQ".
+        method: "SPQ" or "GPQ".
         args: the flags it was trained with, as JSON holds them.
         identity: SHA-256 over the weights and over what else decides a code; two models with the
             same identity give the same codes.
     """
 
-    model: SPQ
+    model: QuantizationNetwork
     method: str
     args: dict
     identity: str
@@ -72,8 +73,11 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         raise UserError(
             f"{flag}={path}: has version {state.get('version')}; this code reads {VERSION}"
         )
-    if state.get("method") != "SPQ":
-        raise UserError(f"{flag}={path}: is a model of {state.get('method')}; allowed is SPQ")
+    method = state.get("method")
+    if method not in DECISIVE:
+        raise UserError(
+            f"{flag}={path}: is a model of {method}; allowed are {' and '.join(DECISIVE)}"
+        )
     try:
         args = dict(state["args"])
         # a file must not be able to ask for a network that fills the memory
@@ -85,12 +89,12 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
             raise ValueError(f"input_size {args['input_size']}")
         with torch.device("meta"), _RealSteps():
-            model = build_from_flags(args)
+            model = build_from_flags(method, args)
         if size != sum(value.numel() for value in model.state_dict().values()):
             raise ValueError("weights of another shape")
-        model = build_from_flags(args)
+        model = build_from_flags(method, args)
         model.load_state_dict(state["model"])
-        identity = identify("SPQ", args, model)
+        identity = identify(method, args, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(
@@ -98,7 +102,7 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         ) from error
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise UserError(f"{flag}={path}: has weights that are not finite; train it again")
-    return Trained(model.float().eval(), "SPQ", args, identity)
+    return Trained(model.float().eval(), method, args, identity)
 
 
 def save_trained(path: Path, trained: Trained) -> None:
@@ -111,9 +115,10 @@ def save_trained(path: Path, trained: Trained) -> None:
     write_torch(path, {"format": MODEL, "version": VERSION, **content})
 
 
-def identify(method: str, args: Mapping, model: SPQ) -> str:
+def identify(method: str, args: Mapping, model: QuantizationNetwork) -> str:
     """SHA-256 hex digest of all that decides which code an image gets."""
-    digest = hashlib.sha256(json.dumps([method, [args.get(name) for name in SHAPE]]).encode())
+    decisive = [args.get(name) for name in DECISIVE[method]]
+    digest = hashlib.sha256(json.dumps([method, decisive]).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -129,12 +134,16 @@ class _RealSteps(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_from_flags(args: Mapping) -> SPQ:
-    """An untrained SPQ network of the shape that a main script's flags name.
+def build_from_flags(method: str, args: Mapping) -> QuantizationNetwork:
+    """An untrained network of a method, of the shape that its main script's flags name.
 
     Raises:
         KeyError, ValueError: if a flag is missing, or there is no such network.
     """
+    return {"SPQ": _build_spq, "GPQ": _build_gpq}[method](args)
+
+
+def _build_spq(args: Mapping) -> SPQ:
     return build_spq(
         args["arch"],
         args["width"],
@@ -144,5 +153,19 @@ def build_from_flags(args: Mapping) -> SPQ:
         d=args["L_word"],
         alpha=args["soft_quantization_scale"],
         stem=args.get("stem"),  # older ones have no such flag
+        input_size=args["input_size"],
+    )
+
+
+def _build_gpq(args: Mapping) -> GPQ:
+    return build_gpq(
+        args["arch"],
+        args["width"],
+        M=args["N_books"],
+        K=args["N_words"],
+        d=args["L_word"],
+        classes=args["n_classes"],
+        alpha=args["soft_quantization_scale"],
+        stem=args["stem"],
         input_size=args["input_size"],
     )
