@@ -6,7 +6,7 @@ A default stands here and nowhere else.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.augment import AUGMENTATIONS
@@ -14,6 +14,7 @@ from data.images import MAX_PIXELS
 from data.splits import DATASETS, PROTOCOL_HELP, PROTOCOLS, TOP_N, UNLABELLED
 from models import QUANTIZERS
 from models.trunks import OWN, STEMS, check_arch, default_stem, has_fixed_size
+from utils.evaluation import L2_DISTANCES
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
 from utils.optimizers import OPTIMIZERS
 from utils.recipes import RECIPE_INPUT_SIZE, RECIPES
@@ -387,7 +388,7 @@ def add_spq_flags(parser: Parser) -> None:
     )
     flag(
         "--distance",
-        choices=DISTANCES,
+        choices=L2_DISTANCES,
         default="squared_l2",
         help="of the headline figure; both are always reported. squared_l2 is standard ADC, l2 "
         "what the released code ranks by",
@@ -729,6 +730,20 @@ def add_run_flags(parser: Parser) -> None:
     )
 
 
+PARSERS = {"SPQ": spq_parser, "GPQ": gpq_parser}
+PATH_FLAGS = ("data_dir", "image_dir", "cache_dir", "split", "output_dir", "weights")
+
+
+def flags_of_run(method: str, saved: Mapping) -> argparse.Namespace:
+    """The flags of a run from its checkpoint or args.json; what it does not know has its
+    default."""
+    known = vars(parse_args(PARSERS[method](), []))
+    del known["given"]
+    flags = known | dict(saved)
+    places = {name: Path(flags[name]) for name in PATH_FLAGS if flags[name] is not None}
+    return argparse.Namespace(**flags | places)
+
+
 def code_bits(args: argparse.Namespace) -> int:
     """Bits of one stored image: M * log2(K); one codebook with --quantizer=vq."""
     books = 1 if args.quantizer == "vq" else args.N_books
@@ -950,8 +965,10 @@ def search_parser() -> Parser:
     query.add_argument(
         "--distance",
         choices=DISTANCES,
-        default="squared_l2",
-        help="squared_l2 is standard; l2 is what the released SPQ code ranks by",
+        default=None,
+        help="squared_l2 is standard; l2 is what the released SPQ code ranks by; inner_product is "
+        "GPQ's, which ranks its codes as squared_l2 does (default: the model's own, squared_l2 or "
+        "inner_product)",
     )
     query.add_argument(
         "--root",

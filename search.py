@@ -49,6 +49,12 @@ from utils.trained import Trained, load_trained
 
 SHOWN_PIXELS = 400  # of pictures in figures and pages, longest side
 SHOWN_FAULTS = 10
+OWN_DISTANCES = {"SPQ": "squared_l2", "GPQ": "inner_product"}  # that a method ranks by
+QUERIES = {
+    "SPQ": "they are not normalised",
+    "GPQ": "their M sub-vectors and the codewords have length 1, so that FAISS's squared L2 is 2 * "
+    "sum (1 - <x, c>), and its codes, the nearest in L2, are those of the largest inner product",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,7 +175,7 @@ def run_export(args: Namespace) -> None:
     print(
         f"{type(found).__name__} of {index.N} images: {args.output}\n"
         f"paths, each ended by a NUL byte, the first that of FAISS's id {args.first_id}: {paths}\n"
-        "Queries are descriptors x of the model; they are not normalised."
+        f"Queries are descriptors x of the model; {QUERIES[index.manifest['model']['method']]}."
     )
 
 
@@ -184,7 +190,8 @@ def run_query(args: Namespace) -> None:
     if args.checkpoint is not None:
         check_model(index, load_trained(args.checkpoint))
     source, names, x = _read_queries(args, index, _encoding(args, index.model()))
-    engine = choose_engine(index.packed, index.codebooks, args.distance, args.engine)
+    distance = args.distance or OWN_DISTANCES[index.manifest["model"]["method"]]
+    engine = choose_engine(index.packed, index.codebooks, distance, args.engine)
     start = time.perf_counter()
     dist, found = engine.search(x, min(args.k, index.N))
     milliseconds = 1000 * (time.perf_counter() - start) / len(names)
@@ -201,7 +208,7 @@ def run_query(args: Namespace) -> None:
         answers.append(Answer(name, see_query(name) if shown else None, hits))
     note = f"{index.N} images of {index.manifest['code_bits']} bits, {engine.name}"
     if args.json:
-        content = {"engine": engine.name, "distance": args.distance, "images": index.N}
+        content = {"engine": engine.name, "distance": distance, "images": index.N}
         print(json.dumps({**content, "queries": as_json(answers)}, indent=2))
     else:
         print("\n\n".join(as_table(answer) for answer in answers))

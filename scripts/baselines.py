@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from args import add_cifar10_flags, parse_args, spq_parser
+from args import add_cifar10_flags, flags_of_run
 from data.cifar10 import load_cifar10
 from data.datasets import Images, load_dataset
 from data.features import kept_features
@@ -58,7 +58,6 @@ FEATURES = ("pixels", "descriptors", "unit", "pooled", "pooled_unit")
 UNIT = ("unit", "pooled_unit")  # where cosine is L2
 NAMES = ("spq", *METHODS)
 BITS = (16, 32, 64)
-PATHS = ("data_dir", "image_dir", "cache_dir", "split")  # flags that are paths
 TOP_N = 1000
 FILE, TABLE = "baselines.json", "table.md"
 FIGURES = (f"mAP@{TOP_N}", f"mAP@{TOP_N}_all_relevant", "precision@100", f"precision@{TOP_N}")
@@ -187,7 +186,7 @@ class Source:
         start, trained = time.perf_counter(), self.runs[bits]
         network = Pooled(trained.model.trunk).eval()
         if trained.args.get("cached_views"):
-            args, size = run_args(trained), trained.input_size
+            args, size = flags_of_run(trained.method, trained.args), trained.input_size
             kept = [
                 kept_features(args, network.trunk, images, None, [size], what)
                 for images, what in zip(self.images, ("database", "queries"), strict=True)
@@ -214,13 +213,6 @@ class Source:
         return Space(db), query
 
 
-def run_args(trained: Trained) -> argparse.Namespace:
-    """The flags of a run; those that it does not know have their defaults."""
-    flags = vars(parse_args(spq_parser(), [])) | trained.args
-    places = {name: Path(flags[name]) for name in PATHS if flags[name] is not None}
-    return argparse.Namespace(**flags | places)
-
-
 def is_usual(args: Mapping) -> bool:
     """Whether a run is of CIFAR-10 with the training images as the database."""
     usual = {"dataset": "cifar10", "protocol": "spq", "split": None, "validate": False}
@@ -243,7 +235,9 @@ def load_images(
         raise UserError("RUN_DIR: one of them is not of CIFAR-10's own split; name that one alone")
     if "pixels" in args.features:
         raise UserError("--features: the pixels of this run's images are too many; leave them out")
-    data = load_dataset(run_args(others[0]), torch.device("cpu"))
+    first = others[0]
+    args = flags_of_run(first.method, first.args)
+    data = load_dataset(args, torch.device("cpu"), semi=first.method == "GPQ")
     if data.db is None:
         raise UserError("RUN_DIR: its images have no labels to score with")
     return data.db, data.query

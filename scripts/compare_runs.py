@@ -21,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from args import parse_args, spq_parser
+from args import flags_of_run
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.figures import COLUMN, PRINT, save
@@ -74,9 +74,15 @@ def read_run(folder: Path) -> tuple[dict, list[Point]]:
     return args, list(points.values())
 
 
-def figure_of(point: Point, name: str, distance: str = "squared_l2") -> float:
-    """One metric of an evaluation."""
-    return point.metrics[distance][name]
+def figure_of(point: Point, name: str, distance: str | None = None) -> float:
+    """One metric of an evaluation, under a distance or, without, the main one."""
+    main = "inner_product" if "inner_product" in point.metrics else "squared_l2"
+    return point.metrics[distance or main][name]
+
+
+def method_of(args: Mapping) -> str:
+    """Of a run by its flags."""
+    return "GPQ" if args.get("quantizer") == "prototype" else "SPQ"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -94,7 +100,10 @@ def check_comparable(groups: Mapping[str, list[tuple[dict, list[Point]]]]) -> No
     Raises:
         UserError: if they differ in more.
     """
-    defaults = plain(parse_args(spq_parser(), []))
+    methods = {method_of(args) for runs in groups.values() for args, _ in runs}
+    if len(methods) > 1:
+        raise UserError("--group: runs of SPQ and of GPQ have no figures in common")
+    defaults = plain(flags_of_run(methods.pop(), {}))
     flags = {group: [defaults | as_now(args) for args, _ in runs] for group, runs in groups.items()}
     for name in ASKED:
         values = {repr(args[name]) for runs in flags.values() for args in runs}
@@ -117,11 +126,16 @@ def as_now(args: Mapping) -> dict:
 
 
 def table(groups: Mapping[str, list[tuple[dict, list[Point]]]], at_minutes: float | None) -> str:
-    """Markdown, a row for each group: its last evaluations, squared L2 but for the last column."""
-    top_n = next(iter(groups.values()))[0][0]["Top_N"]
-    name = f"mAP@{top_n}"
-    head = ["run", "bits", "recipe", "seeds", "epochs", "minutes of training", "queries"]
-    head += [f"{name}, found", f"{name}, all", "mAP@all", f"{name}, found, l2"]
+    """Markdown, a row for each group: its last evaluations, SPQ's by squared L2 but for the last
+    column, GPQ's by inner product."""
+    args, points = next(iter(groups.values()))[0]
+    name = f"mAP@{args['Top_N']}"
+    # what is shown: metric and distance, by the heads of their columns
+    shown = {f"{name}, found": (name, None), f"{name}, all": (f"{name}_all_relevant", None)}
+    shown = {} if name == "mAP@all" else shown
+    shown |= {"mAP@all": ("mAP@all", None)}
+    shown |= {f"{name}, found, l2": (name, "l2")} if "l2" in points[-1].metrics else {}
+    head = ["run", "bits", "recipe", "seeds", "epochs", "minutes of training", "queries", *shown]
     head += [f"{name}, found, at {at_minutes:g} minutes"] if at_minutes else []
     lines = [head, ["---"] * len(head)]
     for group, runs in groups.items():
@@ -133,9 +147,7 @@ def table(groups: Mapping[str, list[tuple[dict, list[Point]]]], at_minutes: floa
         row.append(f"{statistics.fmean(p.minutes for p in last):.1f}")
         asked = {str(m["queries"]) for point in last for m in point.metrics.values()}
         row.append("/".join(sorted(asked)) + (" held out" if args.get("validate") else ""))
-        for metric in (name, f"{name}_all_relevant", "mAP@all"):
-            row.append(spread([figure_of(p, metric) for p in last]))
-        row.append(spread([figure_of(p, name, "l2") for p in last]))
+        row += [spread([figure_of(p, *column) for p in last]) for column in shown.values()]
         if at_minutes:
             early = [[p for p in points if p.minutes <= at_minutes] for _, points in runs]
             known = all(early)
@@ -160,7 +172,8 @@ def draw_curves(groups: Mapping[str, list[tuple[dict, list[Point]]]], path: Path
                 label=group if j == 0 else None,
             )
     axis.set_xlabel("minutes of training")
-    axis.set_ylabel(f"{name} (squared L2)")
+    kind = method_of(next(iter(groups.values()))[0][0])
+    axis.set_ylabel(name if kind == "GPQ" else f"{name} (squared L2)")
     axis.set_xlim(left=0)
     axis.legend()
     save(figure, path)

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from args import add_cifar10_flags
-from data.cifar10 import CLASSES, load_cifar10
+from args import add_cifar10_flags, count_or_all, flags_of_run
+from data.cifar10 import CLASSES
+from data.datasets import load_dataset
 from utils import run_figures
 from utils.analysis import (
     codeword_usage,
@@ -34,12 +35,11 @@ from utils.analysis import (
 )
 from utils.cli import run_main
 from utils.errors import UserError
-from utils.evaluation import RetrievalEvaluation
+from utils.evaluation import L2_DISTANCES, RetrievalEvaluation
 from utils.figures import DISTANCE_NAMES, learning_curve, retrieval_grid
 from utils.flags import HelpFormatter, Parser, number
 from utils.logging import METRICS, read_metrics
 from utils.metrics import evaluate_retrieval
-from utils.retrieval import DISTANCES
 from utils.trained import load_trained
 
 NUMBERS = "figures.json"
@@ -52,32 +52,37 @@ class Scene:
 
     Attributes:
         args: the flags of this script, `Top_N` resolved.
-        trained: the model and the flags it was trained with.
+        trained: the model.
+        flags: those it was trained with.
     """
 
     def __init__(self, args: Namespace) -> None:
         self.trained = load_trained(args.run_dir, "RUN_DIR")
-        if (kind := self.trained.args.get("dataset", "cifar10")) != "cifar10":
+        self.flags = flags_of_run(self.trained.method, self.trained.args)
+        if self.flags.dataset != "cifar10":
             raise UserError(
-                f"RUN_DIR={args.run_dir}: was trained on a {kind}, which has no labels to draw "
-                "with; allowed are runs on cifar10"
+                f"RUN_DIR={args.run_dir}: was trained on {self.flags.dataset}; allowed are runs on "
+                "cifar10"
             )
-        top_n = args.Top_N or self.trained.args.get("Top_N", 1000)
+        top_n = args.Top_N or self.flags.Top_N
         self.args = Namespace(**{**vars(args), "Top_N": top_n})
-        self.headline = self.trained.args.get("distance", DISTANCES[0])
+        self.headline = self.flags.distance
         self.codebooks = self.trained.model.quantizer.codebooks.detach().float()
         self.name = f"{self.trained.method}, {self.trained.model.quantizer.code_bits:g} bits"
 
     @cached_property
     def evaluation(self) -> RetrievalEvaluation:
-        args = self.args
-        train, test = load_cifar10(args.data_dir, download=args.if_download)
+        """The run's own queries and database."""
+        given = ("data_dir", "if_download", "limit_db", "limit_query")
+        told = {name: getattr(self.args, name) for name in given}
+        flags = Namespace(**vars(self.flags) | told)
+        is_gpq = self.trained.method == "GPQ"
+        data = load_dataset(flags, torch.device("cpu"), semi=is_gpq)
+        distances = [self.headline]
+        if not is_gpq:
+            distances = sorted(L2_DISTANCES, key=lambda distance: distance != self.headline)
         return RetrievalEvaluation(
-            (test.images[: args.limit_query], test.labels[: args.limit_query]),
-            (train.images[: args.limit_db], train.labels[: args.limit_db]),
-            self.trained.input_size,
-            args.Top_N,
-            self.headline,
+            data.query, data.db, self.trained.input_size, self.args.Top_N, distances
         )
 
     @cached_property
@@ -86,7 +91,7 @@ class Scene:
         query, db = self.evaluation.query, self.evaluation.db
         print(f"encoding {len(query[0]):,} queries and {len(db[0]):,} items ...", flush=True)
         # the memory layout of the training, so that the codes are the training's own
-        odd = self.trained.args["width"] % 8
+        odd = self.flags.width % 8
         layout = torch.contiguous_format if odd else torch.channels_last
         return self.evaluation.encode(self.trained.model.to(memory_format=layout))
 
@@ -130,7 +135,7 @@ def make_learning_curve(scene: Scene, paths: list[Path]) -> dict | None:
     if not losses:
         print(f"learning_curve: left out, {scene.args.run_dir / METRICS} is not there or empty")
         return None
-    name = f"mAP@{scene.trained.args.get('Top_N', 1000)}"  # as logged, whatever --Top_N says
+    name = f"mAP@{scene.flags.Top_N}"  # as logged, whatever --Top_N says
     scored = [e for e in entries if e.get("distance") == scene.headline and name in e]
     score = f", {name} {scored[-1][name]:.3f}" if scored else ""
     learning_curve(entries, paths, name, scene.headline, scene.name + score)
@@ -151,7 +156,7 @@ def make_precision_recall(scene: Scene, paths: list[Path]) -> dict:
     run_figures.precision_recall(curves, scene.chance, paths)
     kept = ("mAP@all", f"mAP@{scene.args.Top_N}", f"mAP@{scene.args.Top_N}_all_relevant")
     kept += ("pr_curve", "queries", "queries_without_relevant")
-    found = {m["distance"]: {name: m[name] for name in kept} for m in scene.metrics}
+    found = {m["distance"]: {k: m[k] for k in kept if k in m} for m in scene.metrics}
     return found | {"chance": scene.chance}
 
 
@@ -162,7 +167,8 @@ def make_precision_at_n(scene: Scene, paths: list[Path]) -> dict:
         curve = m["pr_curve"]
         points = dict(zip(curve["rank"], curve["precision"], strict=True))
         points |= {int(k.split("@")[1]): m[k] for k in m if k.startswith("precision@")}
-        ranks = sorted(n for n in points if n <= scene.args.Top_N)
+        most = max(points) if scene.args.Top_N == "all" else scene.args.Top_N
+        ranks = sorted(n for n in points if n <= most)
         found[m["distance"]] = {"rank": ranks, "precision": [points[n] for n in ranks]}
     curves = {DISTANCE_NAMES[distance]: curve for distance, curve in found.items()}
     run_figures.precision_at_n(curves, scene.chance, paths)
@@ -328,7 +334,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )
     flag(
         "--Top_N",
-        type=whole,
+        type=count_or_all,
         default=None,
         metavar="N",
         help="the N of mAP@N and the end of precision@N (default: the run's)",

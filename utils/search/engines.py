@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.retrieval import search
+from utils.retrieval import UNIT_TOLERANCE, search
 from utils.search.packing import code_bytes, unpack_codes, word_bits
 
 KMEANS_ROUNDS = 10  # what FAISS takes for inverted lists
@@ -38,7 +38,7 @@ class OwnEngine:
 
 
 class FaissEngine:
-    """FAISS's IndexPQ, exact in squared L2.
+    """FAISS's IndexPQ, exact in squared L2, and in inner product where that is half of it.
 
     Codebooks of less than 8 bits are first merged into codebooks of 8: with K = 16 the words of
     codebooks m and m + 1 side by side are 256 words of 2d dimensions, and the two packed codes are
@@ -47,8 +47,12 @@ class FaissEngine:
     (results/benchmark_search_1m.json).
     """
 
-    def __init__(self, packed: np.ndarray, codebooks: np.ndarray) -> None:
+    def __init__(
+        self, packed: np.ndarray, codebooks: np.ndarray, distance: str = "squared_l2"
+    ) -> None:
         M, K, d = codebooks.shape
+        self.factor = np.float32(0.5 if distance == "inner_product" else 1.0)
+        measure = "squared L2" if distance == "squared_l2" else "inner product"
         bits = word_bits(K)
         self.pad = 0
         if bits in (1, 2, 4):
@@ -57,9 +61,9 @@ class FaissEngine:
             filled = np.zeros((M + self.pad, K, d), dtype=np.float32)
             filled[:M] = codebooks
             codebooks = merge_codebooks(filled, together)
-            self.name = f"FAISS IndexPQ, exact squared L2 ({together} codebooks a byte)"
+            self.name = f"FAISS IndexPQ, exact {measure} ({together} codebooks a byte)"
         else:
-            self.name = "FAISS IndexPQ, exact squared L2"
+            self.name = f"FAISS IndexPQ, exact {measure}"
         self.pad *= d
         self.index = index_pq(packed, codebooks)
 
@@ -70,7 +74,8 @@ class FaissEngine:
         query = np.pad(query.astype(np.float32, copy=False), ((0, 0), (0, self.pad)))
         dist, index = self.index.search(np.ascontiguousarray(query), k)
         order = np.lexsort((index, dist))  # ties in order of index
-        return np.take_along_axis(dist, order, 1), np.take_along_axis(index, order, 1)
+        dist = np.take_along_axis(dist, order, 1) * self.factor
+        return dist, np.take_along_axis(index, order, 1)
 
 
 def choose_engine(
@@ -81,19 +86,26 @@ def choose_engine(
     Args:
         packed: (N, code_bytes) uint8, see utils.search.packing.
         codebooks: (M, K, d) float32.
-        distance: "squared_l2" or "l2".
+        distance: "squared_l2", "l2", or for codewords of length 1 "inner_product".
         engine: "auto", "faiss" or "own".
     Raises:
-        UserError: if FAISS is asked for what it cannot do.
+        UserError: if FAISS is asked for what it cannot do, or codewords for an inner product have
+            other lengths.
     """
-    if engine == "own" or (engine == "auto" and distance != "squared_l2"):
-        return OwnEngine(packed, codebooks, distance)
-    if distance != "squared_l2":
+    lengths = np.linalg.norm(codebooks, axis=2)
+    if distance == "inner_product" and abs(lengths - 1).max() > UNIT_TOLERANCE:
         raise UserError(
-            f"--engine=faiss: cannot rank by {distance}, only by squared_l2; allowed for "
-            f"{distance} are auto and own"
+            "--distance=inner_product: is a distance only where codewords have length 1, as GPQ's "
+            "have; allowed for this index are squared_l2 and l2"
         )
-    return FaissEngine(packed, codebooks)
+    if engine == "own" or (engine == "auto" and distance == "l2"):
+        return OwnEngine(packed, codebooks, distance)
+    if distance == "l2":
+        raise UserError(
+            "--engine=faiss: cannot rank by l2, only by squared_l2 and inner_product; allowed for "
+            "l2 are auto and own"
+        )
+    return FaissEngine(packed, codebooks, distance)
 
 
 def merge_codebooks(codebooks: np.ndarray, together: int) -> np.ndarray:

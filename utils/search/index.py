@@ -43,6 +43,7 @@ _PART = re.compile(
 )
 _OURS = re.compile(rf"{_PART.pattern}|manifest\.json(\.tmp)?|{STAGING}|\{LOCK}")
 LOCK_SECONDS = 10
+CODEWORD_ROUNDING = 1e-5
 
 
 class Paths(Sequence):
@@ -326,7 +327,10 @@ def _verify(folder: Path, manifest: dict) -> Index:
         raise UserError(_damaged(folder, f"{len(index.paths)} paths for {index.N} codes"))
     if len(set(index.paths)) != index.N:
         raise UserError(_damaged(folder, "a path stands in it twice"))
-    if not np.array_equal(index.codebooks, codebooks_of(index.model())):
+    # GPQ's are computed from its weights, which another processor may round otherwise
+    if not np.allclose(
+        index.codebooks, codebooks_of(index.model()), rtol=0, atol=CODEWORD_ROUNDING
+    ):
         raise UserError(_damaged(folder, "its codebooks are not those of its model"))
     return index
 
