@@ -123,7 +123,7 @@ def split_cifar(dataset: str, labels: Tensor, protocol: str, seed: int) -> Split
     if protocol == "spq":
         roles = {"train": rows[:n], "query": rows[n:], "database": rows[:n]}
     elif protocol == "gpq":
-        roles = gpq(labels)
+        roles = gpq(labels, labelled=twelfth)
     elif protocol == "59k":
         roles = per_class(labels, a_class // 60, twelfth, seed)
     else:
