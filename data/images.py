@@ -98,8 +98,8 @@ def read_image(
 
 
 def _decode_jpeg(image: Image.Image) -> Image.Image | None:
-    """The pixels of an opened JPEG by torchvision, the very ones that Pillow decodes and in half
-    the time; None if it refuses, and then Pillow says why."""
+    """The pixels of an opened JPEG by torchvision, the very ones that Pillow decodes, at about its
+    speed; None if it refuses, and then Pillow says why."""
     if decode_jpeg is None:
         return None
     image.fp.seek(0)

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from data.images import MAX_PIXELS, Files, load_square
 from utils.errors import UserError
+from utils.progress import progress
 
 VERSION = 1
 # images between two marks of how far the making has come, and the most memory that they may take
@@ -166,7 +166,7 @@ def fill_store(
             _refuse_changed(place, stamps[:done], names)
         if done < n:
             _check_room(place, n - done, size)
-            with progress(n, done, what) as bar:
+            with progress(n, done, what, "image") as bar:
                 for start in range(done, n, chunk):
                     stop = min(n, start + chunk)
                     rows, wrong = make(start, stop)
@@ -185,18 +185,6 @@ def fill_store(
                         bar.set_postfix(faulty=len(faults), refresh=False)
         digest = "" if stamps is None else hashlib.sha256(stamps.tobytes()).hexdigest()
         return RowStore(place / ROWS, shape, dtype, torch.arange(n), digest), faults
-
-
-def progress(total: int, done: int, what: str, unit: str = "image") -> tqdm:
-    """A bar that draws often on a terminal and seldom into a log."""
-    return tqdm(
-        total=total,
-        initial=done,
-        unit=unit,
-        desc=what,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    )
 
 
 @contextlib.contextmanager

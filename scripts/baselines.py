@@ -1,7 +1,8 @@
-"""Quantize the same features by other methods, and set SPQ's jointly learned codes beside them.
+"""Quantize the same features by other methods, and set jointly learned codes beside them.
 
     python scripts/baselines.py                                 # all, half an hour on 2 busy cores
     python scripts/baselines.py --methods=pq,opq --bits=32 --features=pixels
+    python scripts/baselines.py runs/GPQ_cifar10_48bits --methods=gpq,pq,opq --features=descriptors
     OMP_WAIT_POLICY=PASSIVE python scripts/baselines.py         # twice as fast beside other work
 
 CIFAR-10 as main_SPQ.py has it: database = the 50,000 training images, queries = the 10,000 test
@@ -9,16 +10,17 @@ images; or, with the folder of one run, the set and the split that the run was t
 method is fitted on the database's features alone: no queries, no labels. Features:
 
     pixels       3,072 values in [0, 1]
-    descriptors  x of the SPQ network trained at that very bit length, D = 16 M
+    descriptors  x of the network trained at that very bit length, D = 16 M for SPQ, 12 M for GPQ
     unit         the same scaled to unit length (the loss that trained them compares by cosine)
     pooled       the trunk's output before the head, of the same network; where its trunk is frozen,
                  the very features that it was trained on
     pooled_unit  the same scaled to unit length
 
-Methods: SPQ's own codebooks (on descriptors), those of utils/baselines.py, and the features
-uncompressed. PQ, OPQ and RQ have SPQ's shape, K = 16 and M = bits / 4, and rank by asymmetric
-squared L2; LSH, spectral hashing and ITQ rank by Hamming distance. Ties come in order of database
-index. mAP@1000 divides by the relevant images found in the top 1000.
+Methods: the network's own codebooks (on descriptors), those of utils/baselines.py, and the features
+uncompressed. PQ, OPQ and RQ have the networks' shape, K = 16 and M = bits / 4, and rank by
+asymmetric squared L2; LSH, spectral hashing and ITQ rank by Hamming distance. Ties come in order of
+database index. mAP@1000 divides by the relevant images found in the top 1000; for GPQ the whole
+database is ranked, and mAP@all leads.
 
 Each finished row is written at once: killed, the same command goes on from there.
 """
@@ -56,11 +58,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_DIRS = [ROOT / f"results/cpu15min_{bits}bits" for bits in (16, 32, 64)]
 FEATURES = ("pixels", "descriptors", "unit", "pooled", "pooled_unit")
 UNIT = ("unit", "pooled_unit")  # where cosine is L2
-NAMES = ("spq", *METHODS)
-BITS = (16, 32, 64)
+OWN = ("spq", "gpq")  # the networks' own codes
+NAMES = (*OWN, *METHODS)
+BITS = (12, 16, 24, 32, 48, 64)
+USUAL_BITS = [16, 32, 64]
 TOP_N = 1000
 FILE, TABLE = "baselines.json", "table.md"
 FIGURES = (f"mAP@{TOP_N}", f"mAP@{TOP_N}_all_relevant", "precision@100", f"precision@{TOP_N}")
+WHOLE = "mAP@all"  # leads where the whole database is ranked
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -96,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         default=RUN_DIRS,
         metavar="RUN_DIR",
-        help="folders of trained SPQ models, one a bit length (default: results/cpu15min_*bits)",
+        help="folders of trained models, one a bit length (default: results/cpu15min_*bits)",
     )
     flag(
         "--features",
@@ -115,9 +120,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flag(
         "--bits",
         type=some_of("bits", BITS),
-        default=list(BITS),
+        default=None,
         metavar="A,B",
-        help="lengths of a code (default: 16,32,64)",
+        help="lengths of a code (default: 16,32,64, or those of the runs that are named)",
     )
     add_cifar10_flags(parser)
     flag("--seed", type=number(int, 0, high=2**30), default=0, metavar="N", help="the first seed")
@@ -195,7 +200,7 @@ class Source:
         else:
             size = trained.input_size
             pooled = [describe_images(network, images, size) for images in self.images]
-        x = [trained.model.head(features).numpy() for features in pooled]  # model.describe's rest
+        x = [trained.model.describe(features).numpy() for features in pooled]
         print(f"features of the {bits}-bit network: {time.perf_counter() - start:.0f} s")
         return {
             "pooled": [features.numpy() for features in pooled],
@@ -252,14 +257,15 @@ def load_runs(run_dirs: list[Path]) -> dict[int, Trained]:
     runs: dict[int, Trained] = {}
     for folder in run_dirs:
         if not folder.is_dir():
-            raise UserError(f"RUN_DIR {folder}: is no folder; allowed are folders of SPQ runs")
+            raise UserError(f"RUN_DIR {folder}: is no folder; allowed are folders of runs")
         trained = load_trained(folder, "RUN_DIR")
         quantizer = trained.model.quantizer
         bits = int(quantizer.code_bits)
         if quantizer.K != 16 or bits not in BITS:
             raise UserError(
                 f"RUN_DIR {folder}: has {bits} bits of K = {quantizer.K} codewords; allowed are "
-                "16, 32 and 64 bits of K = 16, the shape that the other methods are given"
+                f"{', '.join(map(str, BITS))} bits of K = 16, the shape that the other methods are "
+                "given"
             )
         if bits in runs:
             raise UserError(f"RUN_DIR {folder}: a second model of {bits} bits; one a bit length")
@@ -270,13 +276,14 @@ def load_runs(run_dirs: list[Path]) -> dict[int, Trained]:
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace) -> list[dict]:
+def plan(args: argparse.Namespace, runs: dict[int, Trained]) -> list[dict]:
     """What has to be measured, in the order of work: a network's features stay in memory."""
     jobs = []
     for bits in args.bits:
         for features in args.features:
             for method in args.methods:
-                if method == "spq" and features != "descriptors":
+                own = runs[bits].method.lower() if bits in runs else None
+                if method in OWN and (features != "descriptors" or method != own):
                     continue
                 if method == "cosine" and features in UNIT:  # is L2 there
                     continue
@@ -301,12 +308,12 @@ def measure(
     """One row: fit on the database, encode it, rank it for every query."""
     space, query = source.get(job["features"], None if job["features"] == "pixels" else job["bits"])
     times = [time.perf_counter()]
-    if job["method"] == "spq":
+    if job["method"] in OWN:
         codebooks = runs[job["bits"]].model.quantizer.codebooks.detach().float().numpy()
-        quantizer = Product("SPQ", np.ascontiguousarray, codebooks)
+        quantizer = Product(job["method"].upper(), np.ascontiguousarray, codebooks)
     else:
         try:
-            quantizer = fit(job["method"], space, job["bits"] or BITS[0], job["seed"] or 0)
+            quantizer = fit(job["method"], space, job["bits"] or 16, job["seed"] or 0)
         except ValueError as error:
             raise UserError(
                 f"--methods: {error}; leave the method or these --features away"
@@ -314,9 +321,10 @@ def measure(
     times.append(time.perf_counter())
     codes = quantizer.encode(space.db)
     times.append(time.perf_counter())
-    depth = min(TOP_N, len(codes))
+    whole = any(run.method == "GPQ" for run in runs.values())
+    depth = len(codes) if whole else min(TOP_N, len(codes))
     rankings = quantizer.ranked(query, codes, depth)
-    figures = evaluate_rankings(rankings, query_labels, db_labels, depth, TOP_N)
+    figures = evaluate_rankings(rankings, query_labels, db_labels, depth, TOP_N, whole)
     times.append(time.perf_counter())
     del figures["pr_curve"]
     seconds = dict(zip(("fit_s", "encode_s", "rank_s"), np.diff(times).tolist(), strict=True))
@@ -407,17 +415,30 @@ def grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
     return {k: groups[k] for k in order}
 
 
+def figures_of(rows: list[dict]) -> tuple[str, ...]:
+    """Names of what is shown, the headline first."""
+    return (WHOLE, *FIGURES) if rows and WHOLE in rows[0] else FIGURES
+
+
+def definition(rows: list[dict]) -> str:
+    """Of the headline."""
+    found = f"mAP@{TOP_N}, AP over the relevant images found"
+    return f"{WHOLE}, AP over the whole ranking" if figures_of(rows)[0] == WHOLE else found
+
+
 def headline(rows: list[dict]) -> str:
-    """mAP@1000, a line a method, a column a bit length."""
+    """The headline's figure, a line a method, a column a bit length."""
     groups = grouped(rows)
+    columns = sorted({k[2] for k in groups if k[2]}) or USUAL_BITS
     lines = [
-        "| features | method | ranked by | " + " | ".join(f"{b} bits" for b in BITS) + " |",
-        "|---|---|---|" + "---|" * len(BITS),
+        "| features | method | ranked by | " + " | ".join(f"{b} bits" for b in columns) + " |",
+        "|---|---|---|" + "---|" * len(columns),
     ]
     for features, method in dict.fromkeys(k[:2] for k in groups):
         of_bits = {k[2]: group for k, group in groups.items() if k[:2] == (features, method)}
         first = next(iter(of_bits.values()))[0]
-        values = [cell(of_bits.get(b, of_bits.get(None, [])), FIGURES[0]) for b in BITS]
+        of_all = of_bits.get(None, [])
+        values = [cell(of_bits.get(b, of_all), figures_of(rows)[0]) for b in columns]
         lines.append(
             f"| {features} | {first['name']} | {first['distance']} | {' | '.join(values)} |"
         )
@@ -437,21 +458,21 @@ def tables(rows: list[dict]) -> str:
         "their column; descriptors, unit and pooled are of the network trained at those bits. Of "
         "the seconds, principal components count with the method that asks for them first.",
         "",
-        f"## mAP@{TOP_N}, AP over the relevant images found",
+        f"## {definition(rows)}",
         "",
         headline(rows),
         "",
         "## All figures",
         "",
         "| features | bits | method | bits stored | ranked by | "
-        + " | ".join(FIGURES)
+        + " | ".join(figures_of(rows))
         + " | fit, s |",
-        "|---|---|---|---|---|" + "---|" * (len(FIGURES) + 1),
+        "|---|---|---|---|---|" + "---|" * (len(figures_of(rows)) + 1),
     ]
     for (features, _, bits), group in grouped(rows).items():
         row = group[0]
         # a small trial has no precision@1000
-        values = [cell([r for r in group if f in r], f) for f in FIGURES]
+        values = [cell([r for r in group if f in r], f) for f in figures_of(rows)]
         fit_s = np.mean([r["fit_s"] for r in group])
         lines.append(
             f"| {features} | {bits or 'any'} | {row['name']} | {row['code_bits']} | "
@@ -467,6 +488,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is not yet measured, and print the table."""
     args = parse(arguments)
     runs = load_runs(args.run_dirs)
+    if args.bits is None:
+        args.bits = sorted(runs) or USUAL_BITS
+    if len(runs) > 1 and any(run.method == "GPQ" for run in runs.values()):
+        raise UserError("RUN_DIR: one of them is of GPQ; name that one alone")
     if args.features != ["pixels"]:
         missing = [str(bits) for bits in args.bits if bits not in runs]
         if missing:
@@ -489,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hardware": describe_hardware(torch.device("cpu")),
     }
     done = {key(row) for row in rows}
-    jobs = plan(args)
+    jobs = plan(args, runs)
     for i, job in enumerate(jobs, start=1):
         if key(job) in done:
             continue
@@ -499,12 +524,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seed = "" if row["seed"] is None else f", seed {row['seed']}"
         print(
             f"[{i}/{len(jobs)}] {row['features']}, {row['name']}, {row['code_bits']} bits{seed}, "
-            f"{row['distance']}: mAP@{TOP_N} {row[FIGURES[0]]:.4f} (fit {row['fit_s']:.1f} s, "
+            f"{row['distance']}: {figures_of([row])[0]} {row[figures_of([row])[0]]:.4f} (fit "
+            f"{row['fit_s']:.1f} s, "
             f"encode {row['encode_s']:.1f} s, rank {row['rank_s']:.1f} s)",
             flush=True,
         )
     put(args.output / TABLE, tables(rows))
-    print(f"\nmAP@{TOP_N}, AP over the relevant images found:\n\n{headline(rows)}\n")
+    print(f"\n{definition(rows)}:\n\n{headline(rows)}\n")
     print(f"All figures: {args.output / FILE} and {args.output / TABLE}")
 
 

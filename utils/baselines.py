@@ -350,14 +350,15 @@ def fit(method: str, space: Space, bits: int, seed: int) -> Quantizer:
     """The quantizer of METHODS fitted on a database.
 
     Args:
-        bits: of a code, a multiple of 8.
+        bits: of a code, a multiple of 8; of 4 for pq, opq and rq.
     Raises:
         ValueError: if the features have too few dimensions, or cannot be cut into bits / 4 slices.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if bits < 8 or bits % 8:
-        raise ValueError(f"bits must be a multiple of 8, got {bits}")
+    unit = 4 if method in ("pq", "opq", "rq") else 8
+    if bits < unit or (bits % unit and method not in ("exact", "cosine")):
+        raise ValueError(f"bits must be a multiple of {unit}, got {bits}")
     have = space.db.shape[1]
     if method in ("itq", "sh"):
         have = min(PCA_DIMS, *space.db.shape)

@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.logging import RunLog, plain
 from utils.metrics import ap_definition
 from utils.optimizers import build_optimizers, restore_optimizer, set_lr
+from utils.progress import progress
 from utils.schedule import lr_schedule
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, beside --checkpoint_every
@@ -275,14 +276,7 @@ class Trainer:
             metrics = self.evaluate()
         started = saved = time.monotonic()
         clock, clock_step = time.perf_counter(), self.step
-        with tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.ranks.is_main,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-        ) as bar:
+        with progress(self.total_steps, self.step, None, "step", shown=self.ranks.is_main) as bar:
             while self.step < self.total_steps:
                 epoch = self.step // epoch_steps
                 self.train_step()

@@ -1,4 +1,4 @@
-"""Shell scripts hand main_SPQ.py flags that it takes."""
+"""Shell scripts hand the main scripts flags that these take."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from args import code_bits, parse_args, spq_parser
+from args import PARSERS, code_bits, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +32,9 @@ def recorded(tmp_path):
             check=True,
         )
         words = done.stdout.split("\n")[:-1]
-        assert words[0] == "main_SPQ.py"
-        return parse_args(spq_parser(), words[1:])
+        method = words[0].removeprefix("main_").removesuffix(".py")
+        last = words.index("scripts/baselines.py") if "scripts/baselines.py" in words else None
+        return parse_args(PARSERS[method](), words[1:last])
 
     return call
 
@@ -73,6 +74,36 @@ def test_each_ablation_changes_its_one_thing(recorded, name, flag, value):
     allowed = {flag, "output_dir"} | ({"N_words"} if name == "q" else set())
     changed = {k for k in vars(args) if getattr(args, k) != getattr(method, k)}
     assert changed - {"given"} == allowed
+
+
+@pytest.mark.parametrize(("bits", "M"), [(12, 3), (24, 6), (32, 8), (48, 12)])
+def test_gpq_s_scripts_give_the_papers_bits_and_settings(recorded, bits, M):
+    args = recorded(f"train_gpq_cifar10_{bits}bits.sh", "--width=16")
+    assert (code_bits(args), args.N_books, args.N_words, args.L_word) == (bits, M, 16, 12)
+    assert (args.arch, args.width, args.protocol, args.Top_N) == ("cifar_vgg", 16, "gpq", "all")
+    assert (args.batch_size, args.epochs, args.optimizer, args.beta1) == (500, 300, "adam", 0.5)
+    assert (args.lr, args.lr_schedule, args.weight_decay) == (2e-4, "staircase", 0.0)
+    assert (args.soft_quantization_scale, args.classification_scale) == (20.0, 4.0)
+    assert (args.n_pair_weight, args.entropy_weight, args.classification_weight) == (1.0, 0.1, 0.1)
+    assert (args.reversal_weight, args.reversal_warmup_epochs) == (1.0, 0.0)
+    assert args.output_dir == Path(f"runs/GPQ_cifar10_{bits}bits")
+    assert args.resume == "auto"
+
+
+@pytest.mark.parametrize("term", ["n_pair", "entropy", "classification"])
+def test_each_ablation_of_gpq_takes_one_term_away(recorded, term):
+    args = recorded(f"ablation_gpq_no_{term}.sh")
+    method = recorded("train_gpq_cifar10_48bits.sh")
+    assert getattr(args, f"{term}_weight") == 0
+    changed = {k for k in vars(args) if getattr(args, k) != getattr(method, k)}
+    assert changed - {"given"} == {f"{term}_weight", "output_dir"}
+
+
+def test_gpq_s_baseline_is_trained_by_the_labels_alone(recorded):
+    args = recorded("baseline_gpq.sh")
+    weights = (args.n_pair_weight, args.entropy_weight, args.classification_weight)
+    assert weights == (0, 0, 1)
+    assert code_bits(args) == 48
 
 
 def test_quickstart_trains_a_narrow_network_at_32_bits(recorded):

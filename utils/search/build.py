@@ -16,11 +16,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.evaluation import describe_images, encode_images
+from utils.progress import progress
 from utils.search.index import (
     MANIFEST,
     STAGING,
@@ -290,14 +290,12 @@ def _encode_share(folder: Path, source: ImageSource, encoding: Encoding) -> None
     failure = None
     with (
         ThreadPoolExecutor(encoding.threads) as pool,
-        tqdm(
+        progress(
             total=len(planned) if ranks.world_size == 1 else len(mine),
-            initial=done if ranks.world_size == 1 else 0,
+            done=done if ranks.world_size == 1 else 0,
+            what="encoding" if ranks.world_size == 1 else f"encoding, process {ranks.rank}",
             unit="image",
-            desc="encoding" if ranks.world_size == 1 else f"encoding, process {ranks.rank}",
-            dynamic_ncols=True,
-            disable=not ranks.is_main,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            shown=ranks.is_main,
         ) as bar,
     ):
         read = _Reader(pool, encoding, source, root)
