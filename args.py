@@ -89,7 +89,6 @@ def gpq_parser() -> Parser:
         recipe="paper",
         quantizer="prototype",
         distance="inner_product",
-        cached_views=0,
         crop_size=None,
         early_crop_size=None,
         early_share=0.0,
@@ -314,6 +313,15 @@ def add_model_flags(parser: Parser, lengths: str) -> None:
         help="train head and codebooks only",
     )
     flag(
+        "--cached_views",
+        type=count,
+        default=0,
+        metavar="N",
+        help="with --freeze_trunk: each image itself and so many random views of it go through the "
+        "trunk, once, and each step takes two of these (GPQ: one); 1 does. 0: new views at each "
+        "step",
+    )
+    flag(
         "--N_books",
         type=positive_int,
         default=8,
@@ -345,7 +353,7 @@ def add_model_flags(parser: Parser, lengths: str) -> None:
 
 
 def add_spq_flags(parser: Parser) -> None:
-    """What only SPQ has: its loss, its ablations, and views that are kept."""
+    """What only SPQ has: its loss and its ablations."""
     group = parser.add_argument_group("SPQ")
     flag = group.add_argument
     flag(
@@ -377,14 +385,6 @@ def add_spq_flags(parser: Parser) -> None:
         default="soft",
         help="soft: the method; hard: straight-through (SPQ-H); vq: one codebook of K words over "
         "all D dimensions, log2(K) bits (SPQ-Q)",
-    )
-    flag(
-        "--cached_views",
-        type=count,
-        default=0,
-        metavar="N",
-        help="with --freeze_trunk: each image itself and so many random views of it go through the "
-        "trunk, once, and each step takes two of these; 1 does. 0: new views at each step",
     )
     flag(
         "--distance",

@@ -52,8 +52,8 @@ def build_trainer(
         data: labelled and unlabelled images.
         evaluate: what mAP is computed by; None without queries.
     """
-    args, ranks, device = run.args, run.ranks, run.device
-    batches = labelled_and_unlabelled(args, data.labelled, data.train, ranks, device)
+    args, ranks = run.args, run.ranks
+    batches = labelled_and_unlabelled(args, data.labelled, data.train, evaluate, model, ranks)
     if args.compile:
         model.trunk.compile(dynamic=False)
     M, beta = args.N_books, args.classification_scale

@@ -146,25 +146,30 @@ def batches_ahead(device: torch.device, views: int, side: int) -> int:
 
 
 class CachedViewBatches:
-    """Two views of shuffled batches, drawn from views that were made before.
+    """Views of shuffled batches, drawn from views that were made before.
 
     Args:
         batches: of rows (V, F): the features of V views of an image.
         seed: of the choice, which depends on it, the step and the rank alone.
         whole: the same batches of rows (1, F), of the images themselves: one more view.
+        views: of each image at a step, 1 or 2 different ones.
     """
 
     def __init__(
-        self, batches: DeviceBatches, seed: int, whole: DeviceBatches | None = None
+        self,
+        batches: DeviceBatches,
+        seed: int,
+        whole: DeviceBatches | None = None,
+        views: int = 2,
     ) -> None:
-        self.batches, self.seed, self.whole = batches, seed, whole
+        self.batches, self.seed, self.whole, self.views = batches, seed, whole, views
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.batches)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Features of two different views of each image at `step`, (B, F) float32 each."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Features of one or two different views of each image at `step`, (B, F) float32 each."""
         rows = self.batches.batch(step)  # (B, V, F)
         if self.whole is not None:
             rows = torch.cat([rows, self.whole.batch(step)], dim=1)
@@ -172,9 +177,11 @@ class CachedViewBatches:
         key = f"{self.seed} {self.batches.ranks.rank} {step} cached"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         first = torch.randint(V, (B,), generator=generator)
-        second = (first + torch.randint(1, V, (B,), generator=generator)) % V
+        chosen = [first]
+        if self.views == 2:
+            chosen.append((first + torch.randint(1, V, (B,), generator=generator)) % V)
         image = torch.arange(B, device=rows.device)
-        return tuple(rows[image, view.to(rows.device)].float() for view in (first, second))
+        return tuple(rows[image, view.to(rows.device)].float() for view in chosen)
 
 
 class SemiSupervisedBatches:
@@ -183,7 +190,7 @@ class SemiSupervisedBatches:
     An epoch is a pass over the labelled images; the others go round at their own pace.
 
     Args:
-        labelled: views of labelled images, one of each.
+        labelled: views of labelled images, one of each; or kept features of them.
         labels: of all labelled images, (N,) or (N, C), on the device.
         unlabelled: views of the others.
         reversal_at: step -> strength of the gradient reversal.
@@ -191,9 +198,9 @@ class SemiSupervisedBatches:
 
     def __init__(
         self,
-        labelled: ViewBatches,
+        labelled: ViewBatches | CachedViewBatches,
         labels: Tensor,
-        unlabelled: ViewBatches,
+        unlabelled: ViewBatches | CachedViewBatches,
         reversal_at: Callable[[int], float],
     ) -> None:
         self.labelled, self.labels, self.unlabelled = labelled, labels, unlabelled

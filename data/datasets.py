@@ -3,15 +3,15 @@
 import os
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data.manifest import Split
-from data.protocols import held_out, semi_supervised
-from data.splits import cifar_pool, load_split, split_cifar
+from data.protocols import held_out
+from data.splits import cifar_pool, load_split, split_cifar, with_labels
 from data.store import Faults, RowStore, store_images
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -75,7 +75,8 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
         images, split = _load_cifar(args)
     else:
         split = load_split(args)
-    split = _with_labels(split, args) if semi else split
+    if semi:
+        split = with_labels(split, args.labels_per_class, args.split_seed)
     wanted = (*_used_roles(split), *(["labelled"] if semi else []))
     if not args.dataset.startswith("cifar"):
         root = args.image_dir or args.data_dir
@@ -123,20 +124,6 @@ def _used_roles(split: Split) -> tuple[str, ...]:
     """The roles that must have images."""
     asked = [role for role in ("query", "database") if len(split.roles.get(role, ()))]
     return ("train", "query", "database") if asked else ("train",)
-
-
-def _with_labels(split: Split, args: Namespace) -> Split:
-    """The split of a semi-supervised method: what is labelled stands in it."""
-    if len(split.listing.classes) < 2:
-        raise UserError(
-            f"--dataset={split.dataset}: has no labels, and some are needed here; a folder that "
-            "has a folder for each class takes --protocol=class-folders"
-        )
-    # GPQ's own split takes the first images of each class
-    drawn = args.labels_per_class is not None and "labelled" not in split.roles
-    seed = args.split_seed if drawn else None
-    roles = semi_supervised(split.roles, split.listing.labels, args.labels_per_class, seed)
-    return replace(split, roles=roles, seed=args.split_seed if drawn else split.seed)
 
 
 def _load_cifar(args: Namespace) -> tuple[Tensor, Split]:

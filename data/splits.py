@@ -1,6 +1,8 @@
 """What --dataset and --protocol mean: which images there are, their labels, and what each is for.
 
     python -m data.splits make --dataset=flickr25k --data_dir=datasets/flickr25k --output=my.split
+    python -m data.splits make --dataset=cifar10 --protocol=gpq --labels_per_class=50 \\
+        --data_dir=datasets --output=50.split
     python -m data.splits check my.split --data_dir=datasets/flickr25k
 
 `make` writes the split as a file (`data.manifest`), `check` compares a file with the images.
@@ -12,6 +14,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from data.cifar100 import load_cifar100
 from data.images import Files, ImageError, open_images
 from data.lists import Listing, read_images_and_targets, read_label_list, read_mirflickr
 from data.manifest import Split, read_split, write_split
-from data.protocols import at_random, gpq, per_class
+from data.protocols import at_random, gpq, per_class, semi_supervised
 from utils.errors import UserError
 
 # --protocol, the paper's first
@@ -86,6 +89,29 @@ def load_split(args: Namespace) -> Split:
             "are 0, so nothing could be scored"
         )
     return split
+
+
+def with_labels(split: Split, labels_per_class: int | None, seed: int) -> Split:
+    """The split of a semi-supervised method: what is labelled stands in it, see
+    `data.protocols.semi_supervised`.
+
+    Args:
+        split: what its roles are without that.
+        labels_per_class: labelled images of each class (default: all that there are).
+        seed: of which ones, where the split does not say it (GPQ's takes the first of each class).
+    Raises:
+        UserError: if there are no labels, or too few images.
+    """
+    if len(split.listing.classes) < 2:
+        raise UserError(
+            f"--dataset={split.dataset}: has no labels, and some are needed here; a folder that "
+            "has a folder for each class takes --protocol=class-folders"
+        )
+    drawn = labels_per_class is not None and "labelled" not in split.roles
+    roles = semi_supervised(
+        split.roles, split.listing.labels, labels_per_class, seed if drawn else None
+    )
+    return replace(split, roles=roles, seed=seed if drawn else split.seed)
 
 
 def _protocol(args: Namespace) -> str:
@@ -323,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
     if args.command == "make":
         split = load_split(args)
+        if args.labels_per_class is not None:
+            split = with_labels(split, args.labels_per_class, args.split_seed)
         write_split(args.output, split)
         print(f"{split.summary()}\nsha256 {split.sha256}\nwrote {args.output}")
         return 0
@@ -357,6 +385,12 @@ def _parse_args(argv: Sequence[str] | None) -> Namespace:
     check = commands.add_parser("check", help="compare a split with the images that are there")
     make.add_argument("--dataset", required=True, choices=DATASETS)
     make.add_argument("--protocol", help=PROTOCOL_HELP)
+    make.add_argument(
+        "--labels_per_class",
+        type=_positive,
+        metavar="N",
+        help="for GPQ: the labels of so many images of each class are seen",
+    )
     make.add_argument("--split_seed", type=_seed, default=0, help="of what is drawn at random")
     make.add_argument("--output", type=Path, required=True, metavar="FILE", help="to write")
     make.set_defaults(split=None)
@@ -373,6 +407,13 @@ def _parse_args(argv: Sequence[str] | None) -> Namespace:
             f"--protocol={args.protocol}: {args.dataset} has {', '.join(PROTOCOLS[args.dataset])}"
         )
     return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
 
 
 def _seed(text: str) -> int:

@@ -3,7 +3,6 @@ with and without labels."""
 
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,30 +45,44 @@ def labelled_and_unlabelled(
     args: Namespace,
     labelled: tuple[Images, Tensor],
     unlabelled: Images,
+    evaluate: RetrievalEvaluation | None,
+    model: QuantizationNetwork,
     ranks: Ranks,
-    device: torch.device,
 ) -> SemiSupervisedBatches:
-    """A view of each image of a labelled batch, its labels, and an unlabelled batch's views.
+    """A view of each image of a labelled batch, its labels, and an unlabelled batch's views; new
+    ones at each step, or with --cached_views kept ones, as `kept_views` has them.
 
     Of fewer labelled images than --batch_size all are in every batch, as far as they can be shared
     out evenly.
+
+    Raises:
+        UserError: if there are too few images, or features cannot be kept on disk.
     """
+    device = next(model.parameters()).device
     images, labels = labelled
     parts = ranks.world_size * args.accumulate
-    sizes = [min(args.batch_size, len(rows) // parts * parts) for rows in (images, unlabelled)]
-    # a seed of its own for each side
-    seeds = (args.seed, args.seed + 2**31)
     augment = CropFlip(args.input_size, [value / 255 for value in MEAN]).to(device)
     sides = []
-    for rows, size, seed in zip((images, unlabelled), sizes, seeds, strict=True):
+    # a seed of its own for each side
+    for rows, seed, what in (
+        (images, args.seed, "labelled images"),
+        (unlabelled, args.seed + 2**31, "unlabelled images"),
+    ):
+        size = min(args.batch_size, len(rows) // parts * parts)
         if size < 2 * parts:
             raise UserError(
-                f"--accumulate={args.accumulate}: {len(rows)} images cannot be shared out over "
+                f"--accumulate={args.accumulate}: {len(rows)} {what} cannot be shared out over "
                 f"{parts} parts of at least 2"
             )
-        batches = DeviceBatches(rows, size, seed, ranks, device)
-        ahead = batches_ahead(device, size, args.input_size)
-        sides.append(ViewBatches(batches, lambda step: [augment], seed, ahead))
+        if args.cached_views and not args.eval_only:
+            key = [args.cached_views, "crop and flip", args.input_size, args.seed]
+            sides.append(_kept(args, rows, augment, key, model, ranks, size, seed, what))
+        else:
+            batches = DeviceBatches(rows, size, seed, ranks, device)
+            ahead = batches_ahead(device, size, args.input_size)
+            sides.append(ViewBatches(batches, lambda step: [augment], seed, ahead))
+    if args.cached_views and evaluate is not None and not args.eval_only:
+        _keep_evaluation(args, evaluate, model, ranks)
     ramp = round(args.reversal_warmup_epochs * len(sides[0]))
 
     def reversal_at(step: int) -> float:
@@ -98,24 +111,51 @@ def kept_views(
     Raises:
         UserError: if the features cannot be kept on disk.
     """
-    device = next(model.parameters()).device
-    model.eval()
-    augment = augmentation(args, args.crop_size, device)
+    augment = augmentation(args, args.crop_size, next(model.parameters()).device)
     key = [args.cached_views, args.augmentation, args.crop_size, args.crop_min_area]
     key += [args.jitter_strength, args.seed]
-    rows = kept_features(args, model.trunk, images, args.cached_views * [augment], key, "views")
-    plain = partial(kept_features, args, model.trunk, augments=None, settings=[args.input_size])
-    whole = plain(images, what="images")
+    batches = _kept(
+        args, images, augment, key, model, ranks, args.batch_size, args.seed, "images", views=2
+    )
     if evaluate is not None:
-        # every process, so that those that do not evaluate wait here, and not for a sign of life
-        found = [
-            plain(side[0], what=what)
-            for side, what in ((evaluate.query, "queries"), (evaluate.db, "database"))
-        ]
-        if ranks.is_main:
-            evaluate.features = tuple(hold(part, None, torch.device("cpu")) for part in found)
+        _keep_evaluation(args, evaluate, model, ranks)
+    return batches
+
+
+def _kept(
+    args: Namespace,
+    images: Images,
+    augment: nn.Module,
+    key: list,
+    model: QuantizationNetwork,
+    ranks: Ranks,
+    batch_size: int,
+    seed: int,
+    what: str,
+    views: int = 1,
+) -> CachedViewBatches:
+    """Batches of features of the images themselves and of --cached_views views of each; `key` is
+    what decides these."""
+    model.eval()
+    augments = args.cached_views * [augment]
+    rows = kept_features(args, model.trunk, images, augments, key, f"views of {what}")
+    whole = kept_features(args, model.trunk, images, None, [args.input_size], what)
+    device = next(model.parameters()).device
     batches, wholes = (
-        DeviceBatches(hold(part, None, device), args.batch_size, args.seed, ranks, device)
+        DeviceBatches(hold(part, None, device), batch_size, seed, ranks, device)
         for part in (rows, whole)
     )
-    return CachedViewBatches(batches, args.seed, wholes)
+    return CachedViewBatches(batches, seed, wholes, views)
+
+
+def _keep_evaluation(
+    args: Namespace, evaluate: RetrievalEvaluation, model: QuantizationNetwork, ranks: Ranks
+) -> None:
+    """Give an evaluation the features of its images."""
+    # every process, so that those that do not evaluate wait here, and not for a sign of life
+    found = [
+        kept_features(args, model.trunk, side[0], None, [args.input_size], what)
+        for side, what in ((evaluate.query, "queries"), (evaluate.db, "database"))
+    ]
+    if ranks.is_main:
+        evaluate.features = tuple(hold(part, None, torch.device("cpu")) for part in found)

@@ -163,8 +163,13 @@ def test_known_names_pass():
 
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "imagenet"), ("test_efficientnet", None)])
 def test_width_is_of_our_own_network_only(arch, stem):
-    with pytest.raises(ValueError, match="width 32: only resnet18 with the CIFAR stem has a width"):
+    with pytest.raises(ValueError, match="width 32: only cifar_vgg or resnet18 with .* stem"):
         build_trunk(arch, 32, stem, 32)
+
+
+def test_gpq_s_network_has_no_other_stem():
+    with pytest.raises(ValueError, match="it has no imagenet stem; allowed is cifar"):
+        build_trunk("cifar_vgg", 64, "imagenet", 32)
 
 
 def test_a_size_that_a_network_cannot_take_is_known_at_once():
