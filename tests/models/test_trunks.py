@@ -163,7 +163,7 @@ def test_known_names_pass():
 
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "imagenet"), ("test_efficientnet", None)])
 def test_width_is_of_our_own_network_only(arch, stem):
-    with pytest.raises(ValueError, match="width 32: only cifar_vgg or resnet18 with .* stem"):
+    with pytest.raises(ValueError, match=r"width 32: only cifar_vgg or resnet18 with .* stem"):
         build_trunk(arch, 32, stem, 32)
 
 
