@@ -30,7 +30,8 @@ def prototype_logits(x: Tensor, prototypes: Tensor, M: int, beta: float) -> Tens
         raise ValueError(f"M and beta must be positive, got M={M}, beta={beta}")
     with torch.autocast(x.device.type, enabled=False):
         # the inner product over all D is the sum of those over the M sub-vectors
-        return beta**2 / M * (x.to(prototypes.dtype) @ prototypes.T)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, prototypes.dtype), torch.float32)
+        return beta**2 / M * (x.to(dtype) @ prototypes.to(dtype).T)
 
 
 def classification_loss(

@@ -35,7 +35,7 @@ def n_pair_pq_loss(x: Tensor, z: Tensor, labels: Tensor, reg: float = 0.002) -> 
     if labels.dim() not in (1, 2) or len(labels) != len(x):
         raise ValueError(f"{len(x)} images need labels (B,) or (B, C); got {tuple(labels.shape)}")
     with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, z.dtype), torch.float32)
         x, z = x.to(dtype), z.to(dtype)
         if labels.dim() == 1:
             shared = (labels[:, None] == labels).to(dtype)  # (B, B)

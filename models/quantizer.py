@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+LEAST_LENGTH = 1e-6  # that a sub-vector is divided by
+
+
 class Quantizer(nn.Module):
     """M codebooks of K codewords; the m-th quantizes the m-th slice of d dimensions.
 
@@ -163,7 +166,7 @@ class PrototypeQuantizer(Quantizer):
         prototypes: parameter (classes, M * d), C of the paper. Both Xavier uniform, over the
             matrices (K, M * d) and (classes, M * d).
     Raises:
-        ValueError: as `Quantizer`; or if there are no classes.
+        ValueError: as `Quantizer`; or if there are no classes, or alpha is not positive.
     Source: GPQ, sections 3.2 and 3.3. Departures: codes and look-up tables take these very
         codebooks; the released code encodes by the intra-normalised words, looks up the words as
         they are, and trains with the prototypes' mixtures (of any length) alone.
@@ -171,8 +174,8 @@ class PrototypeQuantizer(Quantizer):
 
     def __init__(self, M: int, K: int, d: int, classes: int, alpha: float = 20.0) -> None:
         super().__init__(M, K, d)
-        if classes < 1:
-            raise ValueError(f"there must be a class, got {classes}")
+        if classes < 1 or not alpha > 0:
+            raise ValueError(f"classes and alpha must be positive, got {classes} and {alpha}")
         self.alpha = alpha
         self.words = nn.Parameter(_xavier(K, M * d, (M, K, d)))
         self.prototypes = nn.Parameter(_xavier(classes, M * d, (classes, M * d)))
@@ -233,14 +236,15 @@ def intra_normalize(x: Tensor, M: int) -> Tensor:
         x: (N, D), D a multiple of M.
         M: sub-vectors.
     Returns:
-        (N, D); a sub-vector of zeros stays.
+        (N, D); a sub-vector of zeros stays, and below a length of 1e-6 (TensorFlow's bound, as in
+        the released code) sub-vectors are divided by that, so that gradients end somewhere.
     Raises:
-        ValueError: if x is not (N, D), or D is no multiple of M.
+        ValueError: if M is not positive, x is not (N, D), or D is no multiple of M.
     Source: Arandjelovic & Zisserman 2013; GPQ, section 3.2.
     """
-    if x.dim() != 2 or x.shape[1] % M:
-        raise ValueError(f"x must be (N, D) with D a multiple of {M}; got {tuple(x.shape)}")
-    return F.normalize(x.unflatten(1, (M, -1)), dim=-1).flatten(1)
+    if M < 1 or x.dim() != 2 or x.shape[1] % M:
+        raise ValueError(f"x must be (N, D) with D a multiple of M={M}; got {tuple(x.shape)}")
+    return F.normalize(x.unflatten(1, (M, -1)), dim=-1, eps=LEAST_LENGTH).flatten(1)
 
 
 def _xavier(rows: int, columns: int, shape: tuple[int, ...]) -> Tensor:

@@ -52,7 +52,8 @@ def lookup_tables(query: Tensor, codebooks: Tensor, distance: str = "squared_l2"
             raise ValueError(
                 f"inner_product is a distance between sub-vectors of length 1; one has {longest:g}"
             )
-        return (1 - torch.einsum("qmd,mkd->qmk", parts, words)).clamp_(min=0)
+        with torch.autocast(query.device.type, enabled=False):  # else the product would be rounded
+            return (1 - torch.einsum("qmd,mkd->qmk", parts, words)).clamp_(min=0)
     slices = parts.unbind(dim=1)
     # differences, not ||q||^2 - 2 <q, c> + ||c||^2: no cancellation when q is close to c; one
     # codebook at a time, so that (Q, K, d) is all that they take

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from utils import retrieval
 from utils.retrieval import adc_distances, lookup_tables, nearest, ranked, search
@@ -178,3 +179,105 @@ def test_nearest_names_bad_input():
         nearest(torch.ones(1, 2), 0)
     with pytest.raises(ValueError, match=r"item_of must lie in \[0, 2\)"):
         nearest(torch.ones(1, 2), 1, torch.tensor([0, 2]))
+
+
+# --- inner products -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unit():
+    """As `data`, sub-vectors and codewords of length 1; 40 codes, so that there are ties."""
+    codebooks = F.normalize(torch.randn(M, K, d), dim=-1)
+    query = F.normalize(torch.randn(9, M, d), dim=-1).flatten(1)
+    codes = torch.randint(0, K, (40, M))[torch.randint(0, 40, (300,))]
+    return query, codes, codebooks
+
+
+def test_inner_products_equal_a_naive_loop(unit):
+    query, codes, codebooks = unit
+    dist = adc_distances(query, codes, codebooks, "inner_product")
+    lut = lookup_tables(query, codebooks, "inner_product")
+    assert lut.shape == (9, M, K)
+    for q in range(3):
+        for n in range(40):
+            want = 0.0
+            for m in range(M):
+                word = codebooks[m, codes[n, m]]
+                part = query[q, m * d : (m + 1) * d]
+                one = 1 - sum(a * b for a, b in zip(part.tolist(), word.tolist(), strict=True))
+                # a few float32 products of at most 1
+                assert lut[q, m, codes[n, m]].item() == pytest.approx(one, abs=1e-6)
+                want += one
+            assert dist[q, n].item() == pytest.approx(want, abs=5e-6)
+
+
+def test_inner_product_is_half_of_squared_l2_and_ranks_as_it_does(unit):
+    query, codes, codebooks = unit
+    luts = [lookup_tables(query, codebooks, name) for name in ("squared_l2", "inner_product")]
+    torch.testing.assert_close(luts[0] / 2, luts[1], rtol=0, atol=1e-6)  # float32, around 1
+    exact = adc_distances(query, codes, codebooks, "squared_l2").double().sort(dim=1).values
+    gaps = exact.diff(dim=1)
+    assert (gaps[gaps != 0] > 2e-5).all()  # no rounding of sums up to 20 turns an order round
+    assert (gaps == 0).float().mean() > 0.5
+    for k in (7, 120, 300):
+        by_square, by_product = (
+            search(query, codes, codebooks, k, name) for name in ("squared_l2", "inner_product")
+        )
+        assert torch.equal(by_square[1], by_product[1])
+        torch.testing.assert_close(by_square[0] / 2, by_product[0], rtol=0, atol=5e-6)
+        ties = by_product[0].diff(dim=1) == 0
+        assert torch.equal(ties, by_square[0].diff(dim=1) == 0)
+        assert (by_product[1].diff(dim=1)[ties] > 0).all()
+
+
+@pytest.mark.parametrize("k", [40, 300])
+def test_inner_products_by_every_path_and_in_pieces(unit, k, monkeypatch):
+    whole = search(*unit, k, "inner_product")
+    monkeypatch.setattr(retrieval, "DB_CHUNK", 64)
+    monkeypatch.setattr(retrieval, "CHUNK_BYTES", 1)
+    pieces = search(*unit, k, "inner_product")
+    monkeypatch.setattr(retrieval, "_SmallestNumpy", lambda: retrieval._smallest_torch)
+    by_torch = search(*unit, k, "inner_product")
+    for found in (pieces, by_torch):
+        # a table of fewer rows may be summed in another order
+        torch.testing.assert_close(found[0], whole[0], rtol=0, atol=5e-6)
+        assert torch.equal(found[1], whole[1])
+
+
+def test_inner_products_are_no_distance_of_longer_vectors(unit):
+    query, codes, codebooks = unit
+    with pytest.raises(ValueError, match=r"between sub-vectors of length 1; one has 1\.5$"):
+        search(1.5 * query, codes, codebooks, 5, "inner_product")
+    one = codebooks.clone()
+    one[3, 7] *= 2  # a single codeword
+    with pytest.raises(ValueError, match=r"between sub-vectors of length 1; one has 2$"):
+        search(query, codes, one, 5, "inner_product")
+    part = query.clone()
+    part[4, -d:] *= 1.01  # a single sub-vector
+    with pytest.raises(ValueError, match=r"one has 1\.01$"):
+        lookup_tables(part, codebooks, "inner_product")
+    # the whole of a query is longer than 1, and rounding is allowed for
+    lookup_tables(1.0005 * query, codebooks, "inner_product")
+    assert lookup_tables(query[:0], codebooks, "inner_product").shape == (0, M, K)
+
+
+def test_inner_products_of_codewords_with_themselves_are_no_negative_distance(unit):
+    _, codes, codebooks = unit
+    words = torch.stack([codebooks[m, codes[:8, m]] for m in range(M)], dim=1).flatten(1)
+    for factor in (1.0, 1.0005):
+        lut = lookup_tables(factor * words, codebooks, "inner_product")
+        assert (lut >= 0).all()
+        dist, index = search(factor * words, codes, codebooks, 1, "inner_product")
+        assert torch.equal(codes[index[:, 0]], codes[:8])
+        assert dist.max() < 1e-6
+    # a sub-vector of zeros, which intra-normalisation leaves, is equally far from all codewords
+    words[:, :d] = 0
+    assert (lookup_tables(words, codebooks, "inner_product")[:, 0] == 1).all()
+
+
+def test_inner_products_are_not_rounded_where_a_network_s_are():
+    codebooks = torch.nn.functional.normalize(torch.randn(M, K, d), dim=-1)
+    query = torch.nn.functional.normalize(torch.randn(4, M, d), dim=-1).flatten(1)
+    want = lookup_tables(query, codebooks, "inner_product")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lookup_tables(query, codebooks, "inner_product"), want)
