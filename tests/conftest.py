@@ -44,6 +44,17 @@ def finished(tmp_path_factory, small_files):
 
 
 @pytest.fixture(scope="session")
+def finished_gpq(tmp_path_factory, small_files):
+    """A run of main_GPQ.py that nothing disturbed: six epochs, an evaluation after the third."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cifar10.BIN_SHA256", small_cifar.hashes(small_files))
+        patch.setattr("data.cifar10.ROWS", small_cifar.ROWS)
+        folder = tmp_path_factory.mktemp("finished_gpq")
+        small_cifar.run_gpq(small_files, folder, "--eval_epoch=3")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A small SPQ network's weights, 16 bits, images of 16 pixels; not to be changed."""
     return small_images.save_model(tmp_path_factory.mktemp("model") / "model.pt", seed=0)

@@ -1,12 +1,16 @@
 """A small set in CIFAR-10's exact binary layout, whose classes can be told apart.
 
 The published hashes fit only the published files, so tests put the small set's own in their
-place; everything else is the real code. As a script it runs main_SPQ.py on a small set:
+place; everything else is the real code. As a script it runs main_SPQ.py on a small set, or
+main_GPQ.py:
 
-    python tests/small_cifar.py --data_dir DIR [--views=same] [flags of main_SPQ.py]
+    python tests/small_cifar.py --data_dir DIR [--method=GPQ] [--views=same] [flags of that script]
+
+`--then` and other flags make another run in the same process.
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,6 +34,19 @@ FAST = [
     "--lr=1e-3",
     "--log_every=1",
     "--Top_N=50",
+]
+
+# the same for main_GPQ.py: 30 labelled images, 3 steps an epoch
+FAST_GPQ = [
+    "--width=8",
+    "--batch_size=10",
+    "--N_books=3",
+    "--L_word=4",
+    "--epochs=6",
+    "--device=cpu",
+    "--amp=off",
+    "--lr=2e-3",
+    "--log_every=1",
 ]
 
 
@@ -59,9 +76,19 @@ def run(data_dir, output_dir, *flags):
     """main_SPQ.py in this process."""
     import main_SPQ
 
+    main_SPQ.main([*FAST, *_places(data_dir, output_dir), *flags])
+
+
+def run_gpq(data_dir, output_dir, *flags):
+    """main_GPQ.py in this process."""
+    import main_GPQ
+
+    main_GPQ.main([*FAST_GPQ, *_places(data_dir, output_dir), *flags])
+
+
+def _places(data_dir, output_dir):
     cache = Path(output_dir).parent / "cache"
-    places = [f"--data_dir={data_dir}", f"--output_dir={output_dir}", f"--cache_dir={cache}"]
-    main_SPQ.main([*FAST, *places, *flags])
+    return [f"--data_dir={data_dir}", f"--output_dir={output_dir}", f"--cache_dir={cache}"]
 
 
 def log_of(folder, kind):
@@ -82,11 +109,21 @@ class SameViews(torch.nn.Module):
         return images[:, :, : self.size, left].float() / 255.0
 
 
+class WholeViews(torch.nn.Module):
+    """In place of GPQ's augmentation: the images as they are."""
+
+    def __init__(self, side: int, colour: list[float]) -> None:
+        super().__init__()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float() / 255.0
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import data.augment
     import data.cifar10
-    import main_SPQ
+    import data.views
     from utils.cli import run_main
 
     place = Path(sys.argv[sys.argv.index("--data_dir") + 1])
@@ -95,4 +132,12 @@ if __name__ == "__main__":
     if "--views=same" in sys.argv:
         sys.argv.remove("--views=same")
         data.augment.AUGMENTATIONS["kornia"] = SameViews
-    run_main(main_SPQ.main)
+        data.views.CropFlip = WholeViews
+    if "--method=GPQ" in sys.argv:
+        sys.argv.remove("--method=GPQ")
+        from main_GPQ import main
+    else:
+        from main_SPQ import main
+    groups = itertools.groupby(sys.argv[1:], "--then".__eq__)
+    runs = [list(words) for is_then, words in groups if not is_then]
+    run_main(lambda: [main(words) for words in runs])

@@ -1,18 +1,24 @@
 """Command line: both ways of every boolean, released names and defaults, bad values."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from args import code_bits, parse_args, spq_parser
+from args import PARSERS, code_bits, flags_of_run, parse_args
+from utils.logging import plain
 from utils.recipes import RECIPES
 
-
-def parse(*argv):
-    return parse_args(spq_parser(), argv)
+both = pytest.mark.parametrize("method", ["SPQ", "GPQ"])
 
 
-def refused(capsys, *argv):
+def parse(*argv, method="SPQ"):
+    return parse_args(PARSERS[method](), argv)
+
+
+def refused(capsys, *argv, method="SPQ"):
     with pytest.raises(SystemExit) as stop:
-        parse(*argv)
+        parse(*argv, method=method)
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1  # one message, not a page of usage
@@ -48,26 +54,32 @@ def test_released_command_and_defaults():
 
 
 BOOLEANS = [
-    action.dest for action in spq_parser()._actions if type(action).__name__ == "BooleanFlag"
+    (method, action.dest)
+    for method, parser in PARSERS.items()
+    for action in parser()._actions
+    if type(action).__name__ == "BooleanFlag"
 ]
 
 
-def test_there_are_booleans():
-    assert {"if_download", "compile", "eval_only", "overwrite"} <= set(BOOLEANS)
+@both
+def test_there_are_booleans(method):
+    names = ("if_download", "compile", "eval_only", "overwrite")
+    assert {(method, name) for name in names} <= set(BOOLEANS)
 
 
-@pytest.mark.parametrize("name", BOOLEANS)
-def test_booleans_both_ways(name, capsys):
+@pytest.mark.parametrize(("method", "name"), BOOLEANS)
+def test_booleans_both_ways(method, name, capsys):
     more = {"eval_only": ["--resume=auto"], "freeze_trunk": ["--weights=x.pth"]}.get(name, [])
 
     def value(*argv):
-        return getattr(parse(*more, *argv), name)
+        return getattr(parse(*more, *argv, method=method), name)
 
     dashed = name.replace("_", "-")
     assert [value(f"--{name}"), value(f"--{name}=True"), value(f"--{name}=true")] == [True] * 3
     assert [value(f"--{name}=False"), value(f"--no-{name}"), value(f"--no-{dashed}")] == [False] * 3
-    assert f"--{name}=maybe: must be True or False" in refused(capsys, f"--{name}=maybe")
-    assert "takes no value" in refused(capsys, f"--no-{name}=True")
+    message = refused(capsys, f"--{name}=maybe", method=method)
+    assert f"--{name}=maybe: must be True or False" in message
+    assert "takes no value" in refused(capsys, f"--no-{name}=True", method=method)
 
 
 @pytest.mark.parametrize(
@@ -188,17 +200,19 @@ def test_defaults_that_depend_on_the_set():
     assert stems == {"resnet18": "cifar", "resnet50": "imagenet"}
 
 
-def test_help_shows_every_default(capsys):
+@both
+def test_help_shows_every_default(method, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
+        parse("--help", method=method)
     assert stop.value.code == 0
     page = capsys.readouterr().out
-    for action in spq_parser()._actions:
+    actions = PARSERS[method]()._actions
+    for action in actions:
         if action.dest != "help":
             assert f"--{action.dest}" in page
             assert action.help
             assert "default" in action.help or action.default is not None
-    assert page.count("(default") >= len(spq_parser()._actions) - 1
+    assert page.count("(default") >= len(actions) - 1
 
 
 def test_an_empty_resume_and_a_warm_up_without_effect_are_refused(capsys):
@@ -293,3 +307,176 @@ def test_kept_views_leave_the_early_crops_of_a_recipe_away():
     args = parse("--recipe=fast", "--input_size=64", *frozen)
     assert (args.early_share, args.crop_size) == (0.0, 48)
     assert parse("--recipe=fast", *frozen[:2]).early_share == 0.6
+
+
+# --- main_GPQ.py --------------------------------------------------------------------------------
+
+
+def test_gpq_s_defaults_are_those_of_its_paper_and_its_code():
+    args = parse(method="GPQ")
+    published = {
+        "arch": "cifar_vgg",
+        "width": 64,
+        "stem": "cifar",
+        "N_books": 12,
+        "N_words": 16,
+        "L_word": 12,
+        "soft_quantization_scale": 20.0,
+        "classification_scale": 4.0,
+        "n_pair_weight": 1.0,
+        "entropy_weight": 0.1,
+        "classification_weight": 0.1,
+        "reversal_weight": 1.0,
+        "reversal_warmup_epochs": 0.0,
+        "labels_per_class": None,  # all that the split gives, which are 500
+        "batch_size": 500,
+        "epochs": 300,
+        "optimizer": "adam",
+        "lr": 2e-4,
+        "beta1": 0.5,
+        "weight_decay": 0.0,
+        "lr_schedule": "staircase",
+        "warmup_epochs": 0.0,
+        "dataset": "cifar10",
+        "protocol": "gpq",
+        "input_size": 32,
+        "distance": "inner_product",
+        "Top_N": "all",
+        "num_cls": None,
+    }
+    for name, value in published.items():
+        assert getattr(args, name) == value, name
+    assert code_bits(args) == 48
+    assert args.output_dir == Path("runs/GPQ_cifar10_48bits")
+    for books, bits in ((3, 12), (6, 24), (8, 32)):
+        assert code_bits(parse(f"--N_books={books}", method="GPQ")) == bits
+
+
+def test_what_gpq_does_not_have_is_not_taken_from_spq(capsys):
+    """They share the code that reads these; GPQ has a value for each that is never another."""
+    taken = ["--recipe=fast", "--quantizer=hard", "--distance=l2", "--crop_size=24"]
+    taken += ["--early_crop_size=16", "--early_share=0.5", "--crop_min_area=0.5", "--loss=cqc"]
+    taken += ["--contrastive_temperature=0.2", "--joint_views=True", "--augmentation=batched"]
+    assert parse(*taken).crop_size == 24  # all of them
+    for flag in taken:
+        assert flag in refused(capsys, flag, method="GPQ")
+    args = parse("--input_size=64", method="GPQ")
+    assert (args.recipe, args.quantizer, args.distance) == ("paper", "prototype", "inner_product")
+    assert (args.crop_size, args.early_crop_size, args.early_share) == (64, 64, 0.0)
+    # and the other way round
+    for name in ("labels_per_class", "classification_scale", "entropy_weight", "reversal_weight"):
+        assert f"--{name}=2" in refused(capsys, f"--{name}=2")
+
+
+def test_gpq_s_defaults_leave_spq_s_alone():
+    before = vars(parse())
+    parse("--N_books=3", method="GPQ")
+    assert vars(parse()) == before
+    assert (parse().beta1, parse().lr_schedule, parse().Top_N) == (0.9, "cosine", 1000)
+
+
+def test_each_method_has_its_own_released_schedule(capsys):
+    assert "staircase" in refused(capsys, "--lr_schedule=staircase")
+    assert "released" in refused(capsys, "--lr_schedule=released", method="GPQ")
+    for name in ("cosine", "constant"):
+        for method in PARSERS:
+            assert parse(f"--lr_schedule={name}", method=method).lr_schedule == name
+    assert parse("--lr_schedule=staircase", "--warmup_epochs=2", method="GPQ").warmup_epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "allowed"),
+    [
+        ("labels_per_class", "0", "at least 1"),
+        ("labels_per_class", "2.5", "whole number"),
+        ("classification_scale", "0", "above 0"),
+        ("n_pair_weight", "-1", "at least 0"),
+        ("entropy_weight", "nan", "at least 0"),
+        ("classification_weight", "inf", "finite"),
+        ("reversal_weight", "-0.5", "at least 0"),
+        ("reversal_warmup_epochs", "-1", "at least 0"),
+        ("beta1", "1", "at most 0.999"),
+        ("beta1", "-0.1", "at least 0"),
+        ("lr_schedule", "step", "staircase"),
+        ("Top_N", "0", "at least 1"),
+        ("Top_N", "every", "whole number"),
+        ("Top_N", "1.5", "whole number"),
+        ("stem", "imagenet", "cifar_vgg has no such; allowed is cifar"),
+    ],
+)
+def test_gpq_names_flag_value_and_what_is_allowed(flag, value, allowed, capsys):
+    message = refused(capsys, f"--{flag}={value}", method="GPQ")
+    assert f"--{flag}" in message
+    assert value in message
+    assert allowed in message
+
+
+@both
+def test_the_whole_ranking_may_be_asked_for(method):
+    assert parse("--Top_N=all", method=method).Top_N == "all"
+    assert parse("--Top_N=70", method=method).Top_N == 70
+    assert parse("--beta1=0", method=method).beta1 == 0.0
+
+
+def test_a_loss_must_be_left(capsys):
+    weights = ("n_pair_weight", "entropy_weight", "classification_weight")
+    message = refused(capsys, *(f"--{name}=0" for name in weights), method="GPQ")
+    assert all(f"--{name}" in message for name in weights)
+    assert "nothing would be learned" in message
+    for kept in weights:
+        flags = [f"--{name}=0" for name in weights if name != kept]
+        assert getattr(parse(*flags, method="GPQ"), kept) > 0
+
+
+def test_gpq_s_defaults_that_depend_on_the_set(capsys):
+    found = {}
+    for name in ("cifar10", "cifar100", "flickr25k", "nuswide", "lists", "folder"):
+        args = parse(f"--dataset={name}", "--data_dir=x", method="GPQ")
+        found[name] = (args.protocol, args.input_size, args.Top_N)
+    assert found == {
+        "cifar10": ("gpq", 32, "all"),
+        "cifar100": ("spq", 32, "all"),
+        "flickr25k": ("spq", 64, "all"),
+        "nuswide": ("100-500", 64, "all"),
+        "lists": ("lists", 64, "all"),
+        "folder": ("class-folders", 64, "all"),
+    }
+    assert parse("--protocol=59k", method="GPQ").protocol == "59k"
+    assert parse("--split=my.split", method="GPQ").protocol is None
+    folder = ("--dataset=folder", "--data_dir=x", "--validate")
+    assert parse(*folder, method="GPQ").validate
+    message = refused(capsys, *folder, "--protocol=all", method="GPQ")
+    assert "--validate: a folder has no labels" in message
+
+
+def test_gpq_keeps_views_of_a_frozen_trunk_only(capsys):
+    assert "--cached_views" in refused(capsys, "--cached_views=2", method="GPQ")
+    frozen = ("--arch=tf_efficientnet_lite0", "--pretrained", "--freeze_trunk")
+    assert parse(*frozen, "--cached_views=2", method="GPQ").cached_views == 2
+
+
+# --- flags of a run -----------------------------------------------------------------------------
+
+
+@both
+def test_flags_of_a_run_come_back_as_they_were(method):
+    words = ["--N_books=6", "--data_dir=elsewhere", "--image_dir=photos", "--dataset=lists"]
+    args = parse(*words, "--Top_N=all", "--weights=w.pth", "--max_steps=9", method=method)
+    del args.given
+    found = vars(flags_of_run(method, json.loads(json.dumps(plain(args)))))  # as args.json has them
+    assert found == vars(args)
+    assert isinstance(found["image_dir"], Path)
+    assert found["split"] is None
+
+
+@both
+def test_flags_that_a_run_did_not_know_have_the_defaults_of_its_method(method):
+    defaults = vars(parse(method=method))
+    found = vars(flags_of_run(method, {"L_word": 5, "n_classes": 7}))
+    assert found.pop("n_classes") == 7  # no flag, and kept all the same
+    assert found == {k: v for k, v in defaults.items() if k != "given"} | {"L_word": 5}
+    # a flag that is younger than the run
+    old = {name: value for name, value in plain(parse(method=method)).items() if name != "beta1"}
+    assert flags_of_run(method, old).beta1 == {"SPQ": 0.9, "GPQ": 0.5}[method]
+    with pytest.raises(KeyError):
+        flags_of_run("PQ", {})

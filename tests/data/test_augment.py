@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 
 from data import augment as A
-from data.augment import BatchedAugment, Draw, SimCLRAugment
+from data.augment import BatchedAugment, CropFlip, Draw, SimCLRAugment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from benchmark import draw_of_kornia
@@ -354,6 +354,82 @@ def test_a_crop_is_cut_out_and_resized(flip):
         cut = image[None, :, y : y + h, x : x + w] / 255.0
         want = F.interpolate(cut, (12, 12), mode="bilinear", align_corners=True)[0]
         torch.testing.assert_close(view, want.flip(-1) if flip else want, **EXACT)
+
+
+# --- GPQ's --------------------------------------------------------------------------------------
+
+COLOUR = (0.5, 0.25, 0.75)
+# kornia's maps move points by some 1e-6 of the side: noise of 64 pixels changes by up to 1.4e-5
+WARP = {"rtol": 0, "atol": 1e-4}
+
+
+def located(n, side):
+    """Images (n, 3, side, side) uint8: red tells the row, green the column, blue is noise."""
+    images = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
+    step = 255 // (side - 1)
+    images[:, 0] = step * torch.arange(side)[:, None]
+    images[:, 1] = step * torch.arange(side)
+    return images
+
+
+def cuts(view, side):
+    """Where each view (n, 3, side, side) of `located` images was cut out of its padded image:
+    top, left (n,) in [0, 2 pad], and whether it is mirrored."""
+    step, half, pad = 255 // (side - 1), side // 2, side // 8
+    row, column = ((255 * view[:, c, half] / step).round().long() for c in (0, 1))
+    flipped = column[:, half + 1] < column[:, half]
+    middle = torch.where(flipped, side - 1 - half, half)  # of the crop: what stands in the middle
+    return row[:, half] - half + pad, column[:, half] - middle + pad, flipped
+
+
+@pytest.mark.parametrize(("n", "side"), [(3000, 32), (200, 16), (50, 64)])
+def test_every_view_is_a_crop_of_the_padded_image(n, side):
+    images, pad = located(n, side), side // 8
+    view = CropFlip(side, COLOUR)(images)
+    assert view.shape == (n, 3, side, side)
+    assert view.dtype == torch.float32
+    assert view.min() >= 0 and view.max() <= 1
+    top, left, flipped = cuts(view, side)
+    padded = torch.tensor(COLOUR).view(1, 3, 1, 1).repeat(n, 1, side + 2 * pad, side + 2 * pad)
+    padded[:, :, pad:-pad, pad:-pad] = images / 255.0
+    i, pixels = torch.arange(n)[:, None, None], torch.arange(side)
+    columns = torch.where(flipped[:, None], pixels.flip(0), pixels)
+    rows, columns = (top[:, None] + pixels)[:, :, None], (left[:, None] + columns)[:, None]
+    want = padded.permute(0, 2, 3, 1)[i, rows, columns].permute(0, 3, 1, 2)
+    torch.testing.assert_close(view, want, **WARP)
+    # 3,000 draws among 162: each has 19 with a deviation of 4.3
+    counts = torch.zeros(2 * pad + 1, 2 * pad + 1, 2)
+    counts.index_put_((top, left, flipped.long()), torch.tensor(1.0), accumulate=True)
+    if n == 3000:
+        assert counts.shape[:2] == (9, 9)
+        assert counts.min() >= 1
+        assert counts.max() <= 45
+    # the binomial's deviation is at most 0.5 / sqrt(n); four of them are allowed
+    assert flipped.float().mean().item() == pytest.approx(0.5, abs=2 / math.sqrt(n))
+
+
+def test_crops_of_images_of_another_size_are_those_of_the_resized_ones():
+    images = torch.randint(0, 256, (20, 3, 24, 40), dtype=torch.uint8)
+    small = F.interpolate(images / 255.0, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+    rounded = (255 * small).round().to(torch.uint8)
+    augment = CropFlip(16, COLOUR)
+    torch.manual_seed(2)
+    found = augment(images)
+    torch.manual_seed(2)
+    # to within the rounding to whole numbers
+    torch.testing.assert_close(found, augment(rounded), rtol=0, atol=0.5 / 255 + 1e-4)
+
+
+def test_a_crop_and_flip_is_repeated_by_a_seed_and_not_lowered_by_autocast(images):
+    augment, before = CropFlip(32, COLOUR), images.clone()
+    torch.manual_seed(3)
+    first, second = augment(images), augment(images)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment(images), first)
+    assert torch.equal(augment(images), second)
+    assert torch.equal(images, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's synchronisation")

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from data.augment import BatchedAugment, SimCLRAugment
-from data.batches import AHEAD, CachedViewBatches, DeviceBatches, ViewBatches, batches_ahead
+from data.batches import (
+    AHEAD,
+    CachedViewBatches,
+    DeviceBatches,
+    SemiSupervisedBatches,
+    ViewBatches,
+    batches_ahead,
+)
 from data.store import RowStore, fill_store
 from utils.distributed import Ranks
 from utils.errors import UserError
@@ -310,3 +317,91 @@ def test_two_views_are_enough_and_they_may_lie_on_disk(tmp_path):
         one, two = cached(rows=rows).batch(step)
         assert (one[:, 1] + two[:, 1] == 1).all()
         assert all(map(torch.equal, cached(rows=store).batch(step), (one, two)))
+
+
+def test_one_view_of_each_image():
+    batches = CachedViewBatches(DeviceBatches(views_kept(), 8, 1, Ranks()), seed=0, views=1)
+    counts = torch.zeros(5)
+    for step in range(100):
+        (view,) = batches.batch(step)
+        assert view.shape == (8, 2)
+        assert torch.equal(view[:, 0].long(), batches.batches.chosen(step))
+        assert torch.equal(view, batches.batch(step)[0])
+        counts += torch.bincount(view[:, 1].long(), minlength=5)
+    # 800 draws of five: 160 of each, with a standard deviation of 11
+    assert counts.min() > 110
+    assert counts.max() < 210
+
+
+# --- labelled and unlabelled images -------------------------------------------------------------
+
+
+def semi(n=20, u=33, B=6, ranks=None, ahead=1, labels=None, rows=None):
+    """Batches of n labelled images and u others; every pixel of an image is its number."""
+    ranks, sides = ranks or Ranks(), []
+    labelled = numbered(n).expand(-1, 3, 4, 4) if rows is None else rows
+    for images, seed in ((labelled, 1), (100 + numbered(u).expand(-1, 3, 4, 4), 2)):
+        batches = DeviceBatches(images, B, seed, ranks, torch.device("cpu"))
+        sides.append(ViewBatches(batches, lambda step: [lambda x: x.float()], seed, ahead))
+    labels = torch.arange(n) * 7 % 20 if labels is None else labels
+    return SemiSupervisedBatches(sides[0], labels, sides[1], lambda step: 0.25 * step)
+
+
+def numbers(view):
+    return view[:, 0, 0, 0].long()
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_labels_belong_to_their_images_at_every_step(ahead, multilabel):
+    labels = torch.arange(20) * 7 % 20
+    if multilabel:
+        labels = torch.stack([labels >> bit & 1 for bit in range(5)], dim=1).to(torch.uint8)
+    batches, again = (semi(ahead=ahead, labels=labels) for _ in range(2))
+    assert len(batches) == 3
+    first = []
+    for step in range(13):  # over the ends of epochs, which groups of four cross
+        first.append(batches.batch(step))
+        view, found, other, _ = first[-1]
+        assert view.shape == other.shape == (6, 3, 4, 4)
+        assert torch.equal(found, labels[numbers(view)])
+        assert (numbers(other) >= 100).all()
+    for step in (7, 0, 12, 12, 3, 2):  # whenever it is asked
+        for whose in (batches, again):
+            assert all(map(torch.equal, whose.batch(step), first[step]))
+
+
+def test_labels_belong_to_images_that_are_read_from_disk(tmp_path):
+    on_disk = semi(rows=stored(tmp_path / "s", numbered(20).expand(-1, 3, 4, 4).contiguous()))
+    want = semi()
+    for step in [*range(7), 2, 11]:
+        assert all(map(torch.equal, on_disk.batch(step), want.batch(step)))
+
+
+def test_an_epoch_is_a_pass_over_the_labelled_images():
+    batches = semi(n=18, u=33)  # 3 and 5 batches
+    seen = [batches.batch(step) for step in range(15)]
+    for epoch in range(5):
+        part = seen[3 * epoch : 3 * epoch + 3]
+        assert sorted(torch.cat([numbers(view) for view, *_ in part]).tolist()) == [*range(18)]
+    for turn in range(3):  # the others go round at their own pace
+        part = seen[5 * turn : 5 * turn + 5]
+        assert len(torch.cat([numbers(other) for _, _, other, _ in part]).unique()) == 30
+    assert len(semi(n=32, u=12)) == 5  # fewer of them than labelled ones
+
+
+def test_each_unlabelled_image_has_the_strength_of_its_step():
+    for ahead in (1, 4):
+        batches = semi(ahead=ahead)
+        for step in (0, 1, 6, 3):
+            strength = batches.batch(step)[3]
+            assert strength.dtype == torch.float32
+            assert strength.tolist() == 6 * [0.25 * step]
+
+
+def test_ranks_share_both_sides_and_the_labels():
+    whole, parts = semi(), [semi(ranks=Ranks(rank, 2)) for rank in (0, 1)]
+    for step in (0, 4, 9):
+        shares = zip(*(part.batch(step) for part in parts), strict=True)
+        for pair, want in zip(shares, whole.batch(step), strict=True):
+            assert torch.equal(torch.cat(pair), want)

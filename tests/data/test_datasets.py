@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from small_images import make_images
+from small_sets import make_nuswide
 
 import data.datasets
-from args import parse_args, spq_parser
+from args import gpq_parser, parse_args, spq_parser
 from data.cifar10 import hold_out, load_cifar10
 from data.datasets import hold, load_dataset
 from data.images import read_image, to_array
 from data.manifest import write_split
+from data.protocols import gpq
 from data.splits import load_split
 from data.store import RowStore
 from utils.errors import UserError
@@ -49,10 +51,11 @@ def write_lists(folder, label_of):
         (folder / f"{role}.txt").write_text("".join(lines))
 
 
-def load(folder, *flags, dataset="lists", device=CPU):
+def load(folder, *flags, dataset="lists", device=CPU, semi=False):
     words = [f"--dataset={dataset}", f"--data_dir={folder}", "--input_size=8", *flags]
-    args = parse_args(spq_parser(), [*words, f"--cache_dir={folder.parent / 'cache'}"])
-    return load_dataset(args, device)
+    parser = gpq_parser() if semi else spq_parser()
+    args = parse_args(parser, [*words, f"--cache_dir={folder.parent / 'cache'}"])
+    return load_dataset(args, device, semi)
 
 
 def pixels(folder, names):
@@ -253,6 +256,214 @@ def test_a_split_file_of_other_labels_is_refused(small_set, tmp_path):
     write_split(tmp_path / "bad.split", split)
     with pytest.raises(UserError, match=r"--split=.*: its labels are not those of cifar10"):
         cifar(small_set, f"--split={tmp_path / 'bad.split'}")
+
+
+# --- some of them with labels -------------------------------------------------------------------
+
+
+def keys(images):
+    """What tells an image from all others: its pixels."""
+    return [image.numpy().tobytes() for image in images[:]]
+
+
+def roles_of(found):
+    """The images of each role, as sets; nothing is in a role twice, no query is trained on."""
+    parts = {"train": found.train, "labelled": found.labelled[0]}
+    parts |= {"query": found.query[0], "database": found.db[0]}
+    sets = {role: set(keys(images)) for role, images in parts.items()}
+    assert all(len(sets[role]) == len(parts[role]) for role in parts)
+    assert not sets["query"] & (sets["train"] | sets["labelled"])
+    return sets
+
+
+@pytest.fixture
+def colours(small_set):
+    """Images of the small CIFAR set, and the label of each by its pixels."""
+    pooled = [torch.cat(pair) for pair in zip(*load_cifar10(small_set), strict=True)]
+    label_of = dict(zip(keys(pooled[0]), pooled[1].tolist(), strict=True))
+    assert len(label_of) == 360
+    return *pooled, label_of
+
+
+def labels_belong(found, label_of):
+    for images, labels in (found.labelled, found.query, found.db):
+        assert labels.tolist() == [label_of[key] for key in keys(images)]
+
+
+def semi_cifar(small_set, *flags):
+    return load(small_set, "--input_size=32", *flags, dataset="cifar10", semi=True)
+
+
+def test_gpq_s_split_of_cifar10(small_set, colours):
+    images, labels, label_of = colours
+    roles = gpq(labels, labelled=3)  # a twelfth of a class
+    found = semi_cifar(small_set)
+    assert torch.equal(found.train, images[roles["train"]])
+    assert torch.equal(found.labelled[0], images[roles["labelled"]])
+    assert found.labelled[1].bincount().tolist() == 10 * [3]
+    assert torch.equal(found.query[0], images[roles["query"]])
+    assert torch.equal(found.db[0], found.train)
+    assert found.labelled[1].dtype == torch.int64
+    labels_belong(found, label_of)
+    assert {k: len(v) for k, v in roles_of(found).items()} == {
+        "train": 324,
+        "labelled": 30,
+        "query": 6,
+        "database": 324,
+    }
+    # of fewer labels the first ones, whatever the seed; the other images lose theirs
+    few = semi_cifar(small_set, "--labels_per_class=2", "--split_seed=5")
+    first = [roles["labelled"][labels[roles["labelled"]] == c][:2] for c in range(10)]
+    assert torch.equal(few.labelled[0], images[torch.cat(first).sort().values])
+    labels_belong(few, label_of)
+    sets = roles_of(few)
+    assert len(sets["train"]) == 324 + 10
+    assert sets["train"] | sets["labelled"] | sets["query"] == set(label_of)
+    assert torch.equal(few.db[0], found.db[0])
+    assert (few.split.seed, few.split.counts()["labelled"]) == (None, 20)
+
+
+def test_some_training_images_of_cifar10_are_labelled_at_random(small_set, colours):
+    _, _, label_of = colours
+    one, again, other = (
+        semi_cifar(small_set, "--protocol=spq", "--labels_per_class=4", f"--split_seed={seed}")
+        for seed in (1, 1, 2)
+    )
+    for found in (one, other):
+        labels_belong(found, label_of)
+        assert found.labelled[1].bincount().tolist() == 10 * [4]
+        sets = roles_of(found)
+        assert sets["labelled"] | sets["train"] == sets["database"]
+        assert not sets["labelled"] & sets["train"]
+    assert torch.equal(one.labelled[0], again.labelled[0])
+    assert not torch.equal(one.labelled[0], other.labelled[0])
+    assert (one.split.seed, other.split.seed) == (1, 2)
+    # the whole of it: nothing is left without labels
+    whole = semi_cifar(small_set, "--protocol=spq")
+    labels_belong(whole, label_of)
+    assert torch.equal(whole.labelled[0], whole.train)
+    assert len(whole.train) == 300
+    assert whole.split.seed is None  # nothing was drawn
+
+
+def test_limits_cut_what_is_trained_on_without_labels(small_set, colours):
+    found = semi_cifar(small_set, "--limit_train=50", "--limit_db=70", "--limit_query=4")
+    whole = semi_cifar(small_set)
+    assert torch.equal(found.train, whole.train[:50])
+    assert torch.equal(found.db[0], whole.db[0][:70])
+    assert torch.equal(found.query[0], whole.query[0][:4])
+    assert torch.equal(found.labelled[0], whole.labelled[0])
+    labels_belong(found, colours[2])
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol=spq"], ["--protocol=spq", "--split_seed=3"]])
+def test_validation_takes_no_label_for_a_query_and_no_query_of_the_split(small_set, colours, flags):
+    few = ["--labels_per_class=3", *flags]
+    found, plain = (semi_cifar(small_set, *few, *more) for more in (["--validate"], []))
+    sets, asked = roles_of(found), set(keys(plain.query[0]))
+    assert not asked & (sets["train"] | sets["labelled"] | sets["query"] | sets["database"])
+    assert not sets["query"] & sets["database"]
+    assert torch.equal(found.labelled[0], plain.labelled[0])  # a tenth of the others are asked
+    assert sets["query"] | sets["train"] == set(keys(plain.train))
+    labels_belong(found, colours[2])
+
+
+def test_validation_where_all_is_labelled(small_set, colours):
+    found = semi_cifar(small_set, "--protocol=spq", "--validate")
+    sets = roles_of(found)
+    assert sets["labelled"] == sets["train"] == sets["database"]
+    assert (len(sets["train"]), len(sets["query"])) == (270, 30)
+    labels_belong(found, colours[2])
+
+
+def test_a_split_file_says_what_is_labelled(small_set, tmp_path, colours):
+    args = parse_args(gpq_parser(), ["--dataset=cifar10", f"--data_dir={small_set}"])
+    write_split(tmp_path / "my.split", load_split(args))
+    found, want = semi_cifar(small_set, f"--split={tmp_path / 'my.split'}"), semi_cifar(small_set)
+    assert torch.equal(found.labelled[0], want.labelled[0])
+    assert torch.equal(found.train, want.train)
+    labels_belong(found, colours[2])
+
+
+def test_what_is_trained_on_lies_on_the_device_with_its_labels(lists):
+    found = load(lists, device=torch.device("meta"), semi=True)  # stands for a GPU
+    assert {part.device.type for part in (found.train, *found.labelled)} == {"meta"}
+    assert {part.device.type for part in (*found.query, *found.db)} == {"cpu"}
+
+
+def test_an_unsupervised_method_gets_no_labels_to_train_on(small_set, lists):
+    assert cifar(small_set, "--protocol=gpq").labelled is None
+    assert load(lists).labelled is None
+
+
+def test_lists_of_classes_and_of_labels(lists):
+    for label_of in (multi, single):
+        write_lists(lists, label_of)
+        found = load(lists, semi=True)
+        same(found.labelled, lists, TRAIN, label_of)
+        assert torch.equal(found.train, pixels(lists, [name for name in DB if name not in TRAIN]))
+        same(found.query, lists, QUERY, label_of)
+        same(found.db, lists, DB, label_of)
+    # of classes 2, 3, 4 one image each, of those that are trained on
+    found = load(lists, "--labels_per_class=1", semi=True)
+    assert sorted(found.labelled[1].tolist()) == [2, 3, 4]
+    names = dict(zip(keys(pixels(lists, NAMES)), NAMES, strict=True))
+    labelled = [names[key] for key in keys(found.labelled[0])]
+    assert [single(name) for name in labelled] == found.labelled[1].tolist()
+    assert set(labelled) < set(TRAIN)
+    others = [name for name in DB if name not in labelled]
+    assert torch.equal(found.train, pixels(lists, others))
+
+
+def test_nuswide_s_labels_belong_to_its_images(tmp_path):
+    folder = tmp_path / "nuswide"
+    folder.mkdir()
+    make_nuswide(folder, 168)
+    told = {}
+    for name in ("train", "test", "database"):
+        lines = [line.split() for line in (folder / f"{name}.txt").read_text().splitlines()]
+        told[name] = {path: list(map(int, labels)) for path, *labels in lines}
+    label_of = told["test"] | told["database"]
+    name_of = dict(zip(keys(pixels(folder, label_of)), label_of, strict=True))
+    assert len(name_of) == 168
+    whole = load(folder, dataset="nuswide", semi=True)
+    few = load(folder, "--labels_per_class=2", dataset="nuswide", semi=True)
+    for found in (whole, few):
+        for images, labels in (found.labelled, found.query, found.db):
+            assert labels.tolist() == [label_of[name_of[key]] for key in keys(images)]
+        sets = {role: {name_of[key] for key in part} for role, part in roles_of(found).items()}
+        assert sets["labelled"] | sets["train"] == sets["database"] == told["database"].keys()
+        assert not sets["labelled"] & sets["train"]
+        assert sets["labelled"] <= told["train"].keys()
+        assert sets["query"] == told["test"].keys()
+    assert len(whole.labelled[0]) == len(told["train"])
+    # two images for each of 21 labels, none for two of them
+    assert few.labelled[1].shape == (42, 21)
+    assert (few.labelled[1].sum(dim=0) >= 2).all()
+
+
+def test_labels_stay_with_their_images_when_some_are_left_out(faulty):
+    found = load(faulty, "--skip_missing", semi=True)
+    good = [name for name in DB if name not in BAD]
+    same(found.labelled, faulty, [name for name in good if name in TRAIN])
+    assert torch.equal(found.train, pixels(faulty, [name for name in good if name not in TRAIN]))
+    assert found.used.counts() == {"train": 7, "labelled": 12, "query": 4, "database": 19}
+    assert found.split.counts() == {"train": 10, "labelled": 14, "query": 6, "database": 24}
+
+
+def test_sets_without_enough_labels_are_told(lists):
+    with pytest.raises(UserError, match=r"--dataset=folder: has no labels.*=class-folders"):
+        load(lists, "--protocol=all", dataset="folder", semi=True)
+    found = load(lists, dataset="folder", semi=True)  # class folders, a tenth of each are queries
+    assert len(found.query[0]) == 3
+    assert found.classes == ("a", "b", "c")
+    names = dict(zip(keys(pixels(lists, NAMES)), NAMES, strict=True))
+    for images, labels in (found.labelled, found.query):
+        assert [found.classes[c] for c in labels] == [names[key][0] for key in keys(images)]
+    for name in TRAIN:
+        (lists / name).write_bytes(b"")
+    with pytest.raises(UserError, match="no image is left for the role labelled"):
+        load(lists, "--skip_missing", semi=True)
 
 
 # --- where they are held ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from data.features import identify_rows, identify_trunk, kept_features, trunk_fe
 from data.store import RowStore, fill_store
 from models import build_spq
 from utils.errors import UserError
-from utils.evaluation import RetrievalEvaluation, images_at_once
+from utils.evaluation import L2_DISTANCES, RetrievalEvaluation, images_at_once
 
 
 class Trunk(nn.Module):
@@ -246,7 +246,7 @@ def test_an_evaluation_of_features_is_that_of_the_images(tmp_path, size):
     colours = torch.randint(0, 200, (6, 3, 1, 1))[labels]
     images = (colours + torch.randint(0, 56, (240, 3, size, size))).to(torch.uint8)
     sides = (images[:40], labels[:40]), (images[40:], labels[40:])
-    evaluate = RetrievalEvaluation(*sides, size, 50, "squared_l2")
+    evaluate = RetrievalEvaluation(*sides, size, 50, L2_DISTANCES)
     with torch.no_grad():  # codewords among the descriptors, which are close together
         words = model.describe(images[:16] / 255.0).reshape(16, 4, 4)
         model.quantizer.codebooks.copy_(words.transpose(0, 1))
@@ -260,6 +260,7 @@ def test_an_evaluation_of_features_is_that_of_the_images(tmp_path, size):
     assert torch.allclose(evaluate.encoded[0], encoded[0], rtol=0, atol=2e-3 * scale)
     # codewords that are as near as each other may change places
     assert (evaluate.encoded[1] == encoded[1]).float().mean() > 0.97
+    assert len(plain) == 2
     for one, two in zip(plain, found, strict=True):
         assert one["distance"] == two["distance"]
         assert one["mAP@50"] > 0.3

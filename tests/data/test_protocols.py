@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data.protocols import at_random, gpq, held_out, per_class, shuffled
+from data.protocols import at_random, gpq, held_out, per_class, semi_supervised, shuffled
 from data.splits import split_cifar
 from utils.errors import UserError
 
@@ -202,3 +202,158 @@ def test_what_is_labelled_stays_so_when_a_tenth_is_held_out():
     found = held_out(roles, 0)
     assert torch.equal(found["labelled"], roles["labelled"])
     assert not set(found["query"].tolist()) & set(found["labelled"].tolist())
+
+
+def test_a_query_that_was_labelled_is_so_no_more():
+    """Where all is labelled the images trained on without labels are the labelled ones."""
+    labels = torch.arange(200) % 4
+    train = torch.arange(0, 200, 2)
+    roles = semi_supervised({"train": train, "database": train}, labels, None, None)
+    assert torch.equal(roles["labelled"], roles["train"])
+    for seed in (None, 0):
+        sets = as_sets(held_out(roles, seed))
+        assert len(sets["query"]) == 10
+        assert not sets["query"] & (sets["labelled"] | sets["train"] | sets["database"])
+        assert sets["labelled"] == set(train.tolist()) - sets["query"]
+    half = {**roles, "labelled": train[:95]}  # five of the last ten are
+    assert held_out(half, None)["labelled"].tolist() == train[:90].tolist()
+
+
+# --- semi-supervised ----------------------------------------------------------------------------
+
+
+def naive_semi(roles, member, n, seed):
+    """Labelled images, and those trained on without labels, image by image."""
+    roles = {role: rows.tolist() for role, rows in roles.items()}
+    asked = roles.get("query", [])
+    known = pool = [i for i in roles.get("labelled", roles["train"]) if i not in asked]
+    if n is not None:
+        order = pool if seed is None else [pool[i] for i in shuffled(len(pool), seed).tolist()]
+        sizes = [sum(member[i][c] for i in pool) for c in range(len(member[0]))]
+        known = []
+        for c in sorted(range(len(sizes)), key=lambda c: (sizes[c], c)):
+            known += [i for i in order if member[i][c] and i not in known][:n]
+    every = {i for role in ("train", "labelled", "database") for i in roles.get(role, [])}
+    others = sorted(every - set(known) - set(asked))
+    return sorted(known), others or sorted(known)
+
+
+@pytest.mark.parametrize("n", [None, 1, 5])
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("multilabel", [True, False])
+@pytest.mark.parametrize("given", ["labelled", "train", "no database"])
+def test_semi_supervised_equals_a_loop(given, multilabel, seed, n):
+    if multilabel:
+        # the rarest label is neither the first nor the last
+        labels = (torch.rand(300, 4) < torch.tensor([0.9, 0.3, 0.5, 0.4])).to(torch.uint8)
+        member = labels.tolist()
+    else:
+        labels = torch.randint(0, 4, (300,))
+        member = torch.nn.functional.one_hot(labels).tolist()
+    order = torch.randperm(300)
+    roles = {"train": order[:150], "query": order[100:180], "database": order[140:260]}
+    if given == "labelled":
+        roles["labelled"] = order[80:290]  # some of them trained on, some queries, some neither
+    elif given == "no database":
+        del roles["database"]
+    roles = {role: rows.sort().values for role, rows in roles.items()}
+    before = {role: rows.clone() for role, rows in roles.items()}
+    found = semi_supervised(roles, labels, n, seed)
+    known, others = naive_semi(roles, member, n, seed)
+    assert found["labelled"].tolist() == known
+    assert found["train"].tolist() == others
+    sets = as_sets(found)
+    assert not sets["query"] & (sets["labelled"] | sets["train"])
+    if n is not None:
+        assert len(known) == 4 * n
+        assert not sets["labelled"] & sets["train"]
+    assert same(roles, before)  # the split itself stays as it is
+    untouched = roles.keys() - {"train", "labelled"}
+    assert all(torch.equal(found[role], roles[role]) for role in untouched)
+    assert found.keys() == roles.keys() | {"labelled"}
+
+
+def test_the_first_images_of_a_class_or_some_by_seed():
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0, 1])
+    roles = {"train": torch.arange(1, 10), "query": torch.tensor([2])}
+    assert semi_supervised(roles, labels, 2, None)["labelled"].tolist() == [1, 3, 4, 6]
+    drawn = [semi_supervised(roles, labels, 2, seed)["labelled"] for seed in range(20)]
+    assert torch.equal(drawn[7], semi_supervised(roles, labels, 2, 7)["labelled"])
+    assert all(labels[rows].tolist().count(0) == 2 for rows in drawn)
+    # every image that may be labelled is at some time: one is missed with a probability of 2e-4
+    assert set(torch.cat(drawn).tolist()) == {1, 3, 4, 5, 6, 7, 8, 9}
+
+
+def test_the_rarest_label_has_the_first_turn():
+    labels = torch.tensor([[1, 1], [1, 0], [1, 0], [0, 1], [1, 1]], dtype=torch.uint8)
+    found = semi_supervised({"train": torch.arange(5)}, labels, 2, None)
+    # label 1 takes 0 and 3, and label 0 the first ones that are left
+    assert found["labelled"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(
+        UserError,
+        match=r"--labels_per_class=3: class 0 has 2 images to take labels from that no rarer one "
+        r"took; allowed is 1 to that",
+    ):
+        semi_supervised({"train": torch.arange(5)}, labels, 3, None)
+
+
+def test_gpq_s_own_counts_on_cifar10():
+    """1,000 queries, 5,000 labelled, 54,000 trained on without labels and searched among."""
+    labels = pooled(10)
+    roles = split_cifar("cifar10", labels, "gpq", seed=4).roles
+    whole = semi_supervised(roles, labels, None, None)
+    assert {role: len(rows) for role, rows in as_sets(whole).items()} == {
+        "query": 1_000,
+        "labelled": 5_000,
+        "train": 54_000,
+        "database": 54_000,
+    }
+    assert same(whole, roles)
+    assert same(whole, semi_supervised(roles, labels, 500, None))
+    # of fewer labels the others are trained on without theirs, and the database stays
+    few = semi_supervised(roles, labels, 100, None)
+    sets = as_sets(few)
+    assert labels[few["labelled"]].bincount().tolist() == 10 * [100]
+    for c in range(10):
+        mine = [rows[labels[rows] == c] for rows in (few["labelled"], roles["labelled"])]
+        assert torch.equal(mine[0], mine[1][:100])
+    assert torch.equal(few["database"], roles["database"])
+    assert len(sets["train"]) == 58_000
+    assert sets["train"] | sets["labelled"] | sets["query"] == set(range(60_000))
+    with pytest.raises(UserError, match="--labels_per_class=501: class 0 has 500 images to take"):
+        semi_supervised(roles, labels, 501, None)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "n", "labelled", "train"),
+    [
+        ("spq", 500, 5_000, 45_000),
+        ("spq", None, 50_000, 50_000),  # nothing is left without labels
+        ("II", None, 5_000, 45_000),
+        ("59k", None, 5_000, 54_000),
+    ],
+)
+def test_labels_on_the_other_protocols_of_cifar10(protocol, n, labelled, train):
+    labels = pooled(10)
+    roles = split_cifar("cifar10", labels, protocol, seed=4).roles
+    found = semi_supervised(roles, labels, n, 0)
+    assert (len(found["labelled"]), len(found["train"])) == (labelled, train)
+    sets = as_sets(found)
+    assert sets["labelled"] <= set(roles["train"].tolist())
+    assert sets["labelled"] | sets["train"] == sets["database"]
+    assert torch.equal(found["query"], roles["query"])
+
+
+def test_too_few_images_to_label_are_told():
+    labels = torch.tensor([0, 0, 0, 2, 2, 2, 2])
+    roles = {"train": torch.arange(7), "query": torch.tensor([0])}
+    with pytest.raises(
+        UserError,
+        match=r"^--labels_per_class=3: class 0 has 2 images to take labels from; allowed is 1 to",
+    ):
+        semi_supervised(roles, labels, 3, None)
+    # a class that has no image there is none to take labels for
+    assert semi_supervised(roles, labels, 2, None)["labelled"].tolist() == [1, 2, 3, 4]
+    roles = {"train": torch.arange(3), "query": torch.arange(5)}
+    with pytest.raises(UserError, match="--split: has no image to take labels from that is not a"):
+        semi_supervised(roles, labels, None, None)

@@ -1,15 +1,19 @@
-"""What a step is fed with: random views of images, or kept features of views."""
+"""What a step is fed with: random views of images, kept features of views, or views of images with
+and without labels."""
 
 from argparse import Namespace
 
 import pytest
 import torch
+from torch import nn
 
 from data.augment import BatchedAugment, SimCLRAugment
 from data.store import RowStore
-from data.views import augmentation, kept_views, random_views
-from models import build_spq
+from data.views import augmentation, kept_views, labelled_and_unlabelled, random_views
+from models import GPQ, PrototypeQuantizer, build_spq
+from models.vgg import MEAN
 from utils.distributed import Ranks
+from utils.errors import UserError
 from utils.evaluation import RetrievalEvaluation
 
 CPU = torch.device("cpu")
@@ -32,6 +36,10 @@ def flags(cache, **changes):
         "jitter_strength": 1.0,
         "batch_size": 10,
         "epochs": 2,
+        "accumulate": 1,
+        "eval_only": False,
+        "reversal_weight": 1.0,
+        "reversal_warmup_epochs": 0.0,
     }
     return Namespace(**(known | changes))
 
@@ -107,7 +115,7 @@ def test_each_step_takes_two_kept_views_of_its_images(tmp_path, images, model):
 def test_an_evaluation_gets_features_too(tmp_path, images, model):
     labels = torch.arange(N) % 2
     evaluate = RetrievalEvaluation(
-        (images[:6], labels[:6]), (images[6:], labels[6:]), 16, 5, "squared_l2"
+        (images[:6], labels[:6]), (images[6:], labels[6:]), 16, 5, ["squared_l2"]
     )
     want = evaluate.encode(model.eval())
     model.trunk.seen = 0
@@ -122,7 +130,7 @@ def test_an_evaluation_gets_features_too(tmp_path, images, model):
 def test_other_processes_wait_for_the_features_of_the_evaluation(tmp_path, images, model):
     """They must not run ahead: the next word between processes has a time limit."""
     labels = torch.arange(N) % 2
-    evaluate = RetrievalEvaluation((images, labels), (images, labels), 16, 5, "squared_l2")
+    evaluate = RetrievalEvaluation((images, labels), (images, labels), 16, 5, ["squared_l2"])
     kept_views(flags(tmp_path), images, evaluate, model, Ranks(1, 2))
     assert model.trunk.seen == N * V + N  # nobody had made them yet; queries are the database
     assert evaluate.features is None
@@ -170,3 +178,238 @@ def test_features_that_do_not_fit_memory_are_read_as_needed(tmp_path, images, mo
     assert isinstance(found.batches.rows, RowStore)
     for step in range(5):
         assert all(map(torch.equal, found.batch(step), want.batch(step)))
+
+
+# --- labelled and unlabelled ones ---------------------------------------------------------------
+
+
+class Middle(nn.Module):
+    """A trunk: the value in the middle of an image, and the least and the largest one."""
+
+    feature_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        middle = images[:, 0, images.shape[2] // 2, images.shape[3] // 2]
+        values = [middle, images.amin(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3))]
+        return self.scale * torch.stack(values, dim=1)
+
+
+def small_gpq():
+    net = GPQ(Middle(), PrototypeQuantizer(2, 4, 3, classes=5)).eval()
+    net.freeze_trunk()
+    return net
+
+
+def plain_images(n, first=0, side=32):
+    """Images of one value each, its number: a view tells it in its middle, wherever it is cut."""
+    values = torch.arange(first, first + n, dtype=torch.uint8)
+    return values.reshape(-1, 1, 1, 1).expand(-1, 3, side, side).contiguous()
+
+
+def numbers(view):
+    """Of the images that views (B, 3, S, S), or their features (B, 3), are of."""
+    middle = 255 * (view if view.dim() == 2 else view[:, :, view.shape[2] // 2, view.shape[3] // 2])
+    # the crop's rounding, and that of float16 to 1/4096
+    assert (middle[:, 0] - middle[:, 0].round()).abs().max() < 0.1
+    return middle[:, 0].round().long()
+
+
+def two_sides(
+    n=23, u=57, ranks=None, side=32, labels=None, cache=None, evaluate=None, net=None, **changes
+):
+    """Labelled images 0 to n - 1, of label 100 - number, and others from 100 on; with a folder for
+    the cache kept views."""
+    net = net or small_gpq()
+    args = flags(cache, **({"input_size": 32, "cached_views": V if cache else 0} | changes))
+    labels = 100 - torch.arange(n) if labels is None else labels
+    sides = (plain_images(n, side=side), labels), plain_images(u, 100, side)
+    return labelled_and_unlabelled(args, *sides, evaluate, net, ranks or Ranks())
+
+
+def test_views_of_labelled_images_come_with_their_labels():
+    batches, again = two_sides(), two_sides()
+    assert len(batches) == 2
+    first = [batches.batch(step) for step in range(7)]
+    for view, labels, other, strength in first:
+        assert view.shape == other.shape == (10, 3, 32, 32)
+        assert torch.equal(labels, 100 - numbers(view))
+        assert ((numbers(other) >= 100) & (numbers(other) < 157)).all()
+        assert strength.tolist() == 10 * [1.0]
+    for epoch in (0, 2, 4):
+        seen = torch.cat([numbers(view) for view, *_ in first[epoch : epoch + 2]])
+        assert len(seen.unique()) == 20
+    for step in (4, 0, 6, 1):
+        torch.manual_seed(step)
+        for whose in (batches, again):
+            assert all(map(torch.equal, whose.batch(step), first[step]))
+    other_seed = two_sides(seed=3).batch(0)
+    assert not torch.equal(other_seed[1], first[0][1])
+    assert not torch.equal(numbers(other_seed[2]), numbers(first[0][2]))
+
+
+def test_labels_of_several_kinds_at_once():
+    labels = torch.randint(0, 2, (23, 5), dtype=torch.uint8)
+    batches = two_sides(labels=labels)
+    for step in range(5):
+        view, found, *_ = batches.batch(step)
+        assert torch.equal(found, labels[numbers(view)])
+
+
+@pytest.mark.parametrize("seed", [0, 2, 2**31 - 1])
+def test_the_two_sides_are_shuffled_and_cut_independently(seed):
+    images, net = plain_images(40), small_gpq()
+    args = flags(None, input_size=32, seed=seed, cached_views=0)
+
+    def sides_of(images):
+        both = (images, torch.arange(40)), images
+        return labelled_and_unlabelled(args, *both, None, net, Ranks())
+
+    batches = sides_of(images)
+    orders = []
+    for side in (0, 2):
+        views = [batches.batch(step)[side] for step in range(8)]
+        orders.append(torch.cat([numbers(view) for view in views]).split(40))
+    # two epochs of two sides: four orders of the same 40 images, that do not follow each other
+    for one in range(4):
+        for two in range(one):
+            a, b = (orders[i % 2][i // 2] for i in (one, two))
+            assert torch.equal(a.sort().values, b.sort().values)
+            # 40 images fall on the same place once on average; 8 do by chance once in 10^5 times
+            assert (a == b).sum() < 8
+    # where all images are the same one, the views differ by their crops
+    same = plain_images(1, 50).expand(40, -1, -1, -1)
+    same = torch.cat([same[:, :, :, :16], same[:, :, :, 16:] + 100], dim=3)
+    view, _, other, _ = sides_of(same).batch(0)
+    assert not torch.equal(view, other)
+
+
+@pytest.mark.parametrize(
+    ("n", "accumulate", "processes", "size"),
+    [(7, 1, 1, 7), (7, 2, 1, 6), (9, 2, 2, 8), (12, 1, 1, 12), (13, 1, 1, 12), (4, 2, 1, 4)],
+)
+def test_all_labelled_images_that_can_be_shared_out_are_in_every_batch(
+    n, accumulate, processes, size
+):
+    settings = {"accumulate": accumulate, "batch_size": 12}
+    parts = [two_sides(n, ranks=Ranks(rank, processes), **settings) for rank in range(processes)]
+    assert len(parts[0]) == 1
+    for step in range(4):
+        shares = [part.batch(step) for part in parts]
+        for view, labels, other, strength in shares:
+            assert len(view) == len(labels) == size // processes
+            assert len(other) == len(strength) == 12 // processes
+            assert torch.equal(labels, 100 - numbers(view))
+        assert len(torch.cat([labels for _, labels, *_ in shares]).unique()) == size
+
+
+def test_fewer_unlabelled_images_than_a_batch():
+    batches = two_sides(23, 7, accumulate=2)
+    view, labels, other, strength = batches.batch(1)
+    assert (len(view), len(labels), len(other), len(strength)) == (10, 10, 6, 6)
+    assert len(numbers(other).unique()) == 6
+
+
+def test_too_few_images_for_the_parts_of_a_batch_are_told():
+    for n, u, few in ((7, 57, "7 labelled"), (23, 5, "5 unlabelled")):
+        message = f"--accumulate=4: {few} images cannot be shared out over 4 parts of at least 2"
+        with pytest.raises(UserError, match=message):
+            two_sides(n, u, accumulate=4, batch_size=16)
+    with pytest.raises(UserError, match=r"--accumulate=2: 7 labelled images .* over 4 parts"):
+        two_sides(7, accumulate=2, ranks=Ranks(0, 2))
+    assert len(two_sides(8, 8, accumulate=4, batch_size=16).batch(0)[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("epochs", "want"),
+    [
+        (0.0, [2.0] * 6),
+        (2.0, [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]),  # two batches of labelled images in an epoch
+        (1.5, [2 / 3, 4 / 3, 2.0, 2.0, 2.0, 2.0]),
+        (0.1, [2.0] * 6),  # less than a step
+    ],
+)
+def test_the_reversal_warms_up(epochs, want):
+    batches = two_sides(reversal_warmup_epochs=epochs, reversal_weight=2.0)
+    found = [batches.batch(step)[3] for step in range(6)]
+    assert all(len(set(strength.tolist())) == 1 for strength in found)
+    assert [strength[0].item() for strength in found] == pytest.approx(want)
+    assert batches.batch(1)[3][0].item() == pytest.approx(want[1])  # asked again
+
+
+def test_a_reversal_of_no_strength_stays_so():
+    batches = two_sides(reversal_weight=0.0, reversal_warmup_epochs=1.0)
+    assert all(not batches.batch(step)[3].any() for step in range(4))
+
+
+def test_edges_of_views_have_the_colour_that_normalisation_makes_zero():
+    batches, corners = two_sides(batch_size=20), (0, -1)
+    found = [view[:, :, y, x] for view in batches.batch(0)[::2] for y in corners for x in corners]
+    found = torch.cat(found)  # (160, 3)
+    # the crop's rounding; an image is gray, and the mean colour is not
+    edge = (found - torch.tensor(MEAN) / 255).abs().amax(dim=-1) < 1e-4
+    assert (edge | (found.std(dim=-1) < 1e-4)).all()
+    # a corner lies in the image if the cut is shifted towards it, or not at all, on both axes: in
+    # (5 / 9)^2 of the cuts, so that 0.69 are edges with a deviation of at most 0.073
+    assert edge.float().mean().item() == pytest.approx(0.69, abs=0.25)
+
+
+def test_images_of_another_size_are_resized():
+    view, labels, other, _ = two_sides(side=40).batch(0)
+    assert view.shape == other.shape == (10, 3, 32, 32)
+    assert torch.equal(labels, 100 - numbers(view))
+
+
+@pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2)])
+def test_kept_views_of_labelled_images_come_with_their_labels(tmp_path, ranks):
+    net = small_gpq()
+    batches = two_sides(cache=tmp_path, net=net, ranks=ranks)
+    assert net.trunk.seen == (23 + 57) * (V + 1)
+    fresh, share = two_sides(ranks=ranks), 10 // ranks.world_size
+    whole = 0
+    for step in (0, 1, 2, 9, 4, 4):
+        found, want = batches.batch(step), fresh.batch(step)
+        view, labels, other, strength = found
+        assert view.shape == other.shape == (share, 3)
+        assert torch.equal(labels, 100 - numbers(view))
+        assert torch.equal(labels, want[1])  # the order of fresh views
+        assert torch.equal(numbers(other), numbers(want[2]))
+        assert torch.equal(strength, want[3])
+        assert all(map(torch.equal, found, batches.batch(step)))
+        # an image itself has no edge: its least and largest value are one
+        whole += int((view[:, 1] == view[:, 2]).sum() + (other[:, 1] == other[:, 2]).sum())
+    assert net.trunk.seen == (23 + 57) * (V + 1)
+    # one of V + 1 views is the image, and a view is cut without an edge once in 81 times
+    assert 0 < whole < 6 * 2 * share / 2
+
+
+def test_kept_views_of_both_sides_are_chosen_independently(tmp_path):
+    images = plain_images(40, 50)
+    net = small_gpq()
+    args = flags(tmp_path, input_size=32)
+    both = (images, torch.arange(40)), images
+    batches = labelled_and_unlabelled(args, *both, None, net, Ranks())
+    assert not torch.equal(numbers(batches.batch(0)[0]), numbers(batches.batch(0)[2]))
+
+
+def test_an_evaluation_beside_kept_views_gets_features_and_one_alone_does_not(tmp_path):
+    net = small_gpq()
+    images = plain_images(40, 50)
+    evaluate = RetrievalEvaluation(
+        (images[:6], torch.arange(6)), (images[6:], torch.arange(34)), 32, "all", ["inner_product"]
+    )
+    two_sides(cache=tmp_path, net=net, evaluate=evaluate, eval_only=True)
+    assert net.trunk.seen == 0
+    assert evaluate.features is None
+    want = evaluate.encode(net)
+    two_sides(cache=tmp_path, net=net, evaluate=evaluate)
+    assert [len(part) for part in evaluate.features] == [6, 34]
+    found = evaluate.encode(net)
+    # float16 keeps 11 bits of a feature; sub-vectors have length 1
+    torch.testing.assert_close(found[0], want[0], rtol=0, atol=5e-3)
+    two_sides(cache=tmp_path, net=net, evaluate=evaluate, ranks=Ranks(1, 2))  # has no need of it

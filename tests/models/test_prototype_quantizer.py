@@ -302,7 +302,7 @@ def test_bad_input_is_named(pq):
     with pytest.raises(ValueError, match=r"codes must lie in \[0, 5\)"):
         pq.decode(torch.full((1, M), K))
     for wrong in (torch.zeros(2, 10), torch.zeros(12), torch.zeros(2, 3, 4)):
-        with pytest.raises(ValueError, match=r"\(N, D\) with D a multiple of 3; got \("):
+        with pytest.raises(ValueError, match=r"\(N, D\) with D a multiple of M=3; got \("):
             intra_normalize(wrong, M)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from args import flags_of_run
 from data.cifar10 import load_cifar10
-from models import build_spq
+from data.datasets import load_dataset
+from models import build_gpq, build_spq
 from utils.errors import UserError
 from utils.evaluation import RetrievalEvaluation, describe_images
 from utils.trained import Trained, load_trained, save_trained
@@ -106,18 +108,18 @@ def test_every_method_on_every_feature(call, run16, watched, small_set, tmp_path
     table = (tmp_path / "out" / "table.md").read_text()
     printed = capsys.readouterr().out
     spq = next(row["mAP@1000"] for row in found["rows"] if row["method"] == "spq")
-    line = f"| descriptors | SPQ | asymmetric L2 | {f'{spq:.4f}'[1:]} |  |  |"
-    assert line in table
-    assert line in printed
-    # pixels have no bits when they are not compressed: one measurement, in every column
+    for text in (table, printed):
+        assert "| features | method | ranked by | 16 bits |\n" in text
+        assert f"| descriptors | SPQ | asymmetric L2 | {f'{spq:.4f}'[1:]} |\n" in text
     one = next(row["mAP@1000"] for row in found["rows"] if row["bits"] is None)
-    assert f"| pixels | uncompressed | L2 |{f' {one:.4f} |'.replace('0.', '.') * 3}" in table
+    assert f"| pixels | uncompressed | L2 |{f' {one:.4f} |'.replace('0.', '.')}\n" in table
+    assert "mAP@all" not in table
 
 
 def test_spq_is_scored_as_its_own_evaluation_scores_it(call, run16, small_set):
     row = call("--methods=spq", "--features=descriptors", "--bits=16")["rows"][0]
     train, test = load_cifar10(small_set)
-    evaluation = RetrievalEvaluation(test, train, 32, 1000, "squared_l2")
+    evaluation = RetrievalEvaluation(test, train, 32, 1000, ["squared_l2"])
     want = evaluation(load_trained(run16).model)[0]
     for name in ("mAP@1000", "mAP@1000_all_relevant", "precision@10", "precision@100"):
         assert row[name] == pytest.approx(want[name], abs=1e-9), name
@@ -174,12 +176,31 @@ def test_table_has_mean_and_deviation_over_seeds():
     assert baselines.cell([], "mAP@1000") == ""
 
 
+def test_table_has_a_column_for_each_length():
+    row = {"features": "pixels", "method": "pq", "name": "PQ", "distance": "L2", "seed": 0}
+    rows = [row | {"bits": bits, "mAP@1000": bits / 100} for bits in (32, 12)]
+    whole = row | {"method": "exact", "name": "uncompressed", "bits": None, "mAP@1000": 0.5}
+    assert baselines.headline([*rows, whole]).splitlines() == [
+        "| features | method | ranked by | 12 bits | 32 bits |",
+        "|---|---|---|---|---|",
+        # pixels have no bits when they are not compressed: one measurement, in every column
+        "| pixels | uncompressed | L2 | .5000 | .5000 |",
+        "| pixels | PQ | L2 | .1200 | .3200 |",
+    ]
+    alone = baselines.headline([whole]).splitlines()[0]
+    assert alone.endswith("| 16 bits | 32 bits | 64 bits |")
+    ranked = [entry | {"mAP@all": 0.25} for entry in rows]
+    assert baselines.headline(ranked).splitlines()[-1] == "| pixels | PQ | L2 | .2500 | .2500 |"
+    assert baselines.definition(ranked) == "mAP@all, AP over the whole ranking"
+    assert baselines.definition(rows) == "mAP@1000, AP over the relevant images found"
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--methods=pq,hnsw", "unknown method 'hnsw'; known: spq, exact, cosine, lsh"),
+        ("--methods=pq,hnsw", "unknown method 'hnsw'; known: spq, gpq, exact, cosine, lsh"),
         ("--features=gist", "unknown features 'gist'; known: pixels, descriptors"),
-        ("--bits=48", "unknown bits '48'; known: 16, 32, 64"),
+        ("--bits=40", "unknown bits '40'; known: 12, 16, 24, 32, 48, 64"),
         ("--limit_db=5", "must be a whole number at least 128"),
     ],
 )
@@ -199,10 +220,53 @@ def test_bad_run_folders_are_named(call, run16, tmp_path):
     with pytest.raises(UserError, match="a second model of 16 bits"):
         call(runs=(run16, tmp_path / "copy"))
     with pytest.raises(UserError, match="no RUN_DIR has a model of 32, 64 bits"):
-        call()
+        call("--bits=16,32,64")
     four = make_run(tmp_path / "four", M=8, K=4)
     with pytest.raises(UserError, match="has 16 bits of K = 4 codewords"):
         call("--bits=16", runs=(four,))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="RUN_DIR"):
         call(runs=(tmp_path / "empty",))
+
+
+# --- a run of GPQ -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpq12(small_set, tmp_path):
+    """A GPQ network of 12 bits on the small set's own split, as it was drawn."""
+    torch.manual_seed(0)
+    model = build_gpq("resnet18", 8, M=3, K=16, d=4, classes=10).eval()
+    args = ARGS | {"N_books": 3, "quantizer": "prototype", "stem": "cifar", "n_classes": 10}
+    args |= {"dataset": "cifar10", "protocol": "gpq", "data_dir": str(small_set)}
+    (tmp_path / "gpq12").mkdir()
+    save_trained(tmp_path / "gpq12" / "model.pt", Trained(model, "GPQ", args, ""))
+    return tmp_path / "gpq12"
+
+
+def test_gpq_is_scored_as_its_own_evaluation_scores_it(call, gpq12, watched, capsys):
+    found = call("--features=descriptors", "--methods=spq,gpq,exact,pq", runs=(gpq12,))
+    assert [row["method"] for row in found["rows"]] == ["gpq", "exact", "pq"]
+    assert {row["bits"] for row in found["rows"]} == {12}  # the run's, without a word
+    row = found["rows"][0]
+    trained = load_trained(gpq12)
+    data = load_dataset(flags_of_run("GPQ", trained.args), torch.device("cpu"), semi=True)
+    assert len(data.db[0]) == 324  # of the run's own split
+    evaluate = RetrievalEvaluation(data.query, data.db, 32, "all", ["inner_product"])
+    want = evaluate(trained.model)[0]
+    for name in ("mAP@all", "precision@10", "precision@100", "queries"):
+        assert row[name] == pytest.approx(want[name], abs=1e-9), name
+    # the others are given the descriptors that GPQ quantizes, of sub-vectors of length 1
+    lengths = np.linalg.norm(watched[-1][1].reshape(-1, 3, 4), axis=2)
+    np.testing.assert_allclose(lengths, 1, atol=1e-5)
+    figure = f"{want['mAP@all']:.4f}".removeprefix("0")
+    assert f"| descriptors | GPQ | asymmetric L2 | {figure} |" in capsys.readouterr().out
+
+
+def test_a_run_of_gpq_is_measured_alone(call, gpq12, run16):
+    with pytest.raises(UserError, match="RUN_DIR: one of them is of GPQ; name that one alone"):
+        call("--features=descriptors", runs=(run16, gpq12))
+    with pytest.raises(UserError, match="--features: the pixels of this run's images"):
+        call(runs=(gpq12,))
+    with pytest.raises(UserError, match="--methods: bits must be a multiple of 8, got 12; leave"):
+        call("--features=descriptors", "--methods=lsh", runs=(gpq12,))

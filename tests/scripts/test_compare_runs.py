@@ -1,14 +1,19 @@
 """compare_runs.py: minutes of training, means over seeds, curves, bad input."""
 
 import json
+import shutil
 
 import pytest
+from small_cifar import log_of
 
 from scripts import compare_runs as compare
 from utils.errors import UserError
 
+BY_L2 = {"squared_l2": 0.0, "l2": 0.1}  # SPQ's distances, and how much lower their figures are
+GPQ = {"quantizer": "prototype", "distance": "inner_product", "Top_N": "all", "recipe": "paper"}
 
-def write_run(folder, values, speeds=(64.0, 32.0), **changed):
+
+def write_run(folder, values, speeds=(64.0, 32.0), distances=BY_L2, **changed):
     """A run's files: an evaluation after each ten steps at the speed given."""
     folder.mkdir(parents=True)
     args = {"batch_size": 32, "Top_N": 50, "recipe": "fast", "lr": 0.1, "validate": False}
@@ -17,7 +22,7 @@ def write_run(folder, values, speeds=(64.0, 32.0), **changed):
     lines = []
     for i, (value, speed) in enumerate(zip(values, speeds, strict=True), start=1):
         lines.append({"kind": "train", "step": 10 * i, "epoch": i, "images_per_s": speed})
-        for distance, less in (("squared_l2", 0.0), ("l2", 0.1)):
+        for distance, less in distances.items():
             found = {"mAP@50": value - less, "mAP@50_all_relevant": 0.01, "mAP@all": value / 2}
             place = {"kind": "eval", "step": 10 * i, "epoch": i, "distance": distance}
             lines.append(place | found | {"code_bits": 32, "queries": 7})
@@ -92,6 +97,42 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     few = str(write_run(tmp_path / "5", [0.2, 0.3], limit_db=1000))
     with pytest.raises(UserError, match=r"different --limit_db \(1000 and None\)"):
         compare.main(["--group", "a", one, few, out])
+
+
+def test_gpq_s_table_has_one_figure_of_the_whole_ranking(tmp_path):
+    found = [("a0", 0.3), ("a1", 0.5), ("b", 0.9)]
+    a0, a1, b = (
+        str(write_run(tmp_path / name, [0.2, value], distances={"inner_product": 0.0}, **GPQ))
+        for name, value in found
+    )
+    out = tmp_path / "out"
+    compare.main(["--group", "one", a0, a1, "--group", "two", b, f"--output_dir={out}"])
+    rows = (out / "table.md").read_text().splitlines()
+    head, _, one, two = ([cell.strip() for cell in row.split("|")[1:-1]] for row in rows)
+    assert head[-2:] == ["queries", "mAP@all"]
+    # write_run's mAP@all is half of what it is given; 0.15 and 0.25 deviate by 0.1 / sqrt(2)
+    assert one[-2:] == ["7", "0.2000 ± 0.0707"]
+    assert two[-2:] == ["7", "0.4500"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_of_two_methods_are_not_mixed(finished, finished_gpq, tmp_path):
+    out = f"--output_dir={tmp_path / 'out'}"
+    with pytest.raises(UserError, match="runs of SPQ and of GPQ have no figures in common"):
+        compare.main(["--group", "a", str(finished), "--group", "b", str(finished_gpq), out])
+    assert not (tmp_path / "out").exists()
+    other = tmp_path / "other"
+    shutil.copytree(finished_gpq, other)
+    account = json.loads((other / "args.json").read_text())
+    (other / "args.json").write_text(
+        json.dumps(account | {"args": account["args"] | {"seed": 1, "labels_per_class": 2}})
+    )
+    compare.main(["--group", "a", str(finished_gpq), "--group", "b", str(other), out])
+    value = log_of(finished_gpq, "eval")[-1]["mAP@all"]
+    assert "| 12 | paper | 1 | 6 |" in (tmp_path / "out" / "table.md").read_text()
+    assert f"| 6 | {value:.4f} |" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(UserError, match=r"--group a: its runs differ in labels_per_class$"):
+        compare.main(["--group", "a", str(finished_gpq), str(other), out])
 
 
 def test_runs_of_older_code_and_resumed_ones_are_known_by_what_they_did(tmp_path):

@@ -86,6 +86,64 @@ def test_every_picture_in_both_formats_with_the_numbers_of_the_run(
     assert all(len(row) == 10 for row in found["retrieval"]["items"])
 
 
+def test_a_gpq_run_is_drawn_on_its_own_split(finished_gpq, small_set, tmp_path, monkeypatch):
+    embedded = []
+    real = make_figures.embed
+
+    def embed(x, seed):
+        embedded.append(x)
+        return real(x, seed)
+
+    monkeypatch.setattr(make_figures, "embed", embed)
+    found = make(finished_gpq, small_set, tmp_path, "--pairs=500")
+    for name in make_figures.PICTURES:
+        with Image.open(tmp_path / f"{name}.png") as image:
+            image.load()
+        ElementTree.parse(tmp_path / f"{name}.svg")
+
+    # GPQ's protocol by hand: by class and then by position every 60th of 360 is a query, the first
+    # three others of a class are labelled, and the rest is the database
+    pool = [pair for part in load_cifar10(small_set) for pair in zip(*part, strict=True)]
+    order = sorted(range(360), key=lambda i: (int(pool[i][1]), i))
+    queries = set(order[::60])
+    roles = {c: [i for i in order if pool[i][1] == c and i not in queries] for c in range(10)}
+    db = sorted(i for rows in roles.values() for i in rows[3:])
+    queries = sorted(queries)
+    model = load_trained(finished_gpq).model
+    x = model.describe(torch.stack([pool[i][0] for i in queries]) / 255).detach()
+    codes = encode_images(model, torch.stack([pool[i][0] for i in db]), 32).long()
+    words = model.quantizer.codebooks.detach()  # (M, K, d)
+
+    assert found["tsne"]["points"] == 6
+    drawn, quantized = embedded
+    # in an order of their own; float32 of a network on a batch of another layout
+    gap = torch.cdist(drawn.double(), x.double())
+    assert sorted(gap.argmin(dim=1).tolist()) == list(range(6))
+    assert gap.min(dim=1).values.max() < 1e-4
+    for m, part in enumerate(drawn.reshape(6, 3, 4).unbind(dim=1)):
+        nearest = (part @ words[m].T).argmax(dim=1)  # of largest inner product
+        assert torch.equal(quantized.reshape(6, 3, 4)[:, m], words[m][nearest])
+
+    # the six queries are of six classes
+    shown = found["retrieval"]
+    assert len({int(pool[i][1]) for i in queries}) == 6
+    assert sorted(shown["queries"]) == list(range(6))
+    z = words[torch.arange(3), codes]  # (N, M, d)
+    for q, items, right in zip(shown["queries"], shown["items"], shown["right"], strict=True):
+        dist = (1 - torch.einsum("md,nmd->nm", x[q].reshape(3, 4), z)).sum(dim=1)
+        assert len(items) == 10
+        assert dist[items].tolist() == pytest.approx(dist.sort().values[:10].tolist(), abs=1e-5)
+        label = pool[queries[q]][1]
+        assert right == sum(int(pool[db[i]][1] == label) for i in items)
+    assert found["codeword_usage"]["items"] == len(db) == 324
+    (logged,) = log_of(finished_gpq, "eval")[-1:]
+    drawn = found["precision_recall"]["inner_product"]
+    assert drawn["mAP@all"] == logged["mAP@all"]
+    assert found["learning_curve"]["distance"] == "inner_product"
+    assert [e["step"] for e in found["learning_curve"]["mAP@all"]] == [9, 18]
+    assert set(found["precision_at_n"]) == {"inner_product", "chance"}
+
+
 def test_weights_alone_give_the_same_pictures_and_no_log_no_learning_curve(
     finished, small_set, tmp_path, capsys
 ):

@@ -5,10 +5,11 @@ from argparse import Namespace
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from data.batches import DeviceBatches, ViewBatches
-from losses import cqc_loss
-from models import build_spq
+from data.batches import DeviceBatches, SemiSupervisedBatches, ViewBatches
+from losses import classification_loss, cqc_loss, n_pair_pq_loss, subspace_entropy_loss
+from models import build_gpq, build_spq
 from utils.checkpoint import LAST, load_checkpoint
 from utils.distributed import Ranks
 from utils.logging import read_metrics
@@ -29,6 +30,7 @@ def flags(folder, **changed):
         "optimizer": "sgd",
         "lr": 0.1,
         "muon_lr": 0.1,
+        "beta1": 0.9,
         "weight_decay": 1e-4,
         "lr_schedule": "constant",
         "warmup_epochs": 0.0,
@@ -85,7 +87,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(parts, tmp_path):
         trainer.train_step()
         grads.append({name: p.grad for name, p in trainer.model.named_parameters()})
     # float64; sums in another order
-    losses = [trainer.read_losses() for trainer in trainers]
+    losses = [trainer.read_losses()["loss"] for trainer in trainers]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     for name, want in grads[0].items():
         assert want.abs().max() > 0, name
@@ -105,7 +107,8 @@ def test_gradients_of_parts_with_statistics_of_their_own(tmp_path):
     rows = [plain.embed(plain.model.train(), part) for part in parts]
     loss = plain.loss_of(*(torch.cat(row) for row in zip(*rows, strict=True)))
     loss.backward()
-    assert trainer.read_losses() == pytest.approx(loss.item(), rel=1e-6)  # logged in float32
+    # logged in float32
+    assert trainer.read_losses() == pytest.approx({"loss": loss.item()}, rel=1e-6)
     for (name, p), q in zip(
         plain.model.named_parameters(), trainer.model.parameters(), strict=True
     ):
@@ -209,3 +212,116 @@ def test_a_resumed_optimizer_has_this_run_s_settings(tmp_path):
     assert again.optimizers[0].param_groups[0]["weight_decay"] == 0.5
     momenta = [s["momentum_buffer"] for s in again.optimizers[0].state.values()]
     assert len(momenta) == len(list(again.model.parameters()))
+
+
+# --- several losses, labels among the embeddings ------------------------------------------------
+
+TERMS = ("n_pair", "classification", "entropy")
+U = 12  # images without labels, beside B labelled ones
+
+
+def make_gpq(folder, evaluate=None, multilabel=False, **changed):
+    """A trainer of a tiny GPQ in float64 on random images, as main_GPQ.py builds it."""
+    args = flags(folder, **({"freeze_bn_epoch": 0} | changed))
+    torch.manual_seed(0)
+    model = build_gpq("cifar_vgg", 4, M=2, K=4, d=4, classes=5).double()
+    sides = []
+    for seed, size in ((0, B), (1, U)):
+        images = torch.randint(0, 256, (4 * size, 3, 12, 12), dtype=torch.uint8)
+        batches = DeviceBatches(images, size, seed, Ranks())
+        sides.append(ViewBatches(batches, lambda step: [lambda x: x.double() / 255], seed))
+    # where batch norm is frozen from the start, by statistics of such images
+    update_bn([images.double() / 255], model.trunk)
+    labels = torch.randint(0, 5, (4 * B,))
+    if multilabel:
+        labels = (torch.rand(4 * B, 5) < 0.4).to(torch.uint8)
+    batches = SemiSupervisedBatches(sides[0], labels, sides[1], lambda step: 0.5 + step)
+
+    def embed(model, views):
+        labelled, labels, unlabelled, reversal = views
+        return *model(labelled), labels, *model(unlabelled, reversal)
+
+    def loss_of(x, z, labels, x_u, z_u):
+        assert not labels.is_floating_point()
+        assert (len(x), len(x_u)) == (B, U)
+        p = model.quantizer.unit_prototypes()
+        return {
+            "n_pair": n_pair_pq_loss(x, z, labels),
+            "classification": 0.3 * classification_loss(x, labels, p, M=2),
+            "entropy": 0.2 * subspace_entropy_loss(x_u, p, M=2),  # z_u has no part in it
+        }
+
+    return Trainer(args, "GPQ", model, embed, loss_of, batches, evaluate, Ranks())
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_batch_with_labels_in_parts_has_the_gradients_of_the_whole(parts, multilabel, tmp_path):
+    trainer = make_gpq(tmp_path, multilabel=multilabel, accumulate=parts)
+    plain = make_gpq(tmp_path, multilabel=multilabel)
+    trainer.step = 1  # of another strength than 1
+    trainer.train_step()
+    embedded = plain.embed(plain.model.eval(), plain.batches.batch(1))
+    terms = plain.loss_of(*embedded)
+    sum(terms.values()).backward()
+    # logged in float32
+    want = {"loss": sum(terms.values()).item()} | {k: v.item() for k, v in terms.items()}
+    assert trainer.read_losses() == pytest.approx(want, rel=1e-6)
+    for (name, p), q in zip(
+        plain.model.named_parameters(), trainer.model.named_parameters(), strict=True
+    ):
+        assert p.grad.abs().max() > 1e-6, name
+        # float64; sums in another order
+        torch.testing.assert_close(q[1].grad, p.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_named_terms_are_logged_and_add_up_to_the_loss(tmp_path):
+    entries = []
+    for every in (1, 2):
+        folder = tmp_path / str(every)
+        folder.mkdir()
+        make_gpq(folder, log_every=every, max_steps=6, lr=0.01, freeze_bn_epoch=None).fit()
+        entries.append([e for e in read_metrics(folder) if e["kind"] == "train"])
+    for entry in entries[0] + entries[1]:
+        # each is a float32
+        assert entry["loss"] == pytest.approx(sum(entry[name] for name in TERMS), rel=1e-6)
+        assert entry["n_pair"] > 0 > entry["entropy"]
+    assert [e["step"] for e in entries[1]] == [2, 4, 6]
+    for name in ("loss", *TERMS):
+        each, pairs = ([e[name] for e in found] for found in entries)
+        means = [(a + b) / 2 for a, b in zip(each[::2], each[1::2], strict=True)]
+        assert pairs == pytest.approx(means, rel=1e-12)
+        assert len(set(each)) == 6
+    # a loss without names has no terms
+    make(tmp_path / "1", max_steps=2).fit()
+    spq = [e for e in read_metrics(tmp_path / "1") if e["kind"] == "train"]
+    assert entries[0][0].keys() - spq[-1].keys() == set(TERMS)
+    assert spq[-1].keys() <= entries[0][0].keys()
+
+
+def test_a_term_that_is_not_finite_stops_the_training(tmp_path):
+    trainer = make_gpq(tmp_path)
+    good = trainer.loss_of
+    trainer.loss_of = lambda *rows: good(*rows) | {"entropy": torch.tensor(float("nan"))}
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(TrainingStopped, match="The loss at step 0 is not finite"):
+        trainer.train_step()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_figures_of_the_whole_ranking_are_told_once(tmp_path, capsys):
+    def whole(model):
+        figures = {"code_bits": 4, "distance": "inner_product", "mAP@all": 0.125, "queries": 7}
+        return [figures]
+
+    trainer = make_gpq(tmp_path, whole, Top_N="all", max_steps=5)
+    assert trainer.fit()[0]["mAP@all"] == 0.125
+    told = [line for line in capsys.readouterr().out.splitlines() if "mAP@all" in line]
+    assert [line.partition("] ")[2] for line in told] == [
+        "4 bits, inner_product: mAP@all 0.1250 (AP over the whole ranking), 7 queries"
+    ] * 2
+    make(tmp_path, evaluation, max_steps=4).fit()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "mAP@all" in line]
+    assert line.endswith(
+        "mAP@5 0.5000 (AP over the relevant images found in the top 5), mAP@all 0.1000, 1 queries"
+    )

@@ -4,8 +4,16 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from models import GPQ, PrototypeQuantizer, build_trunk
 from utils import retrieval
-from utils.metrics import average_precision, evaluate_rankings, evaluate_retrieval, relevance
+from utils.evaluation import RetrievalEvaluation
+from utils.metrics import (
+    ap_definition,
+    average_precision,
+    evaluate_rankings,
+    evaluate_retrieval,
+    relevance,
+)
 from utils.retrieval import adc_distances
 
 
@@ -213,3 +221,67 @@ def test_given_rankings_must_hold_every_query_and_go_far_enough():
         evaluate_rankings([(slice(0, 4), index[:, 1:])], *labels, depth=10, top_n=10)
     with pytest.raises(ValueError, match="4 queries, but rankings of 3"):
         evaluate_rankings([(slice(0, 3), index[:3])], *labels, depth=10, top_n=10)
+
+
+# --- the whole ranking --------------------------------------------------------------------------
+
+
+def without_ties():
+    """Every code once, so that scikit-learn, which takes ties together, agrees."""
+    data = make(n_db=64)
+    words = torch.arange(4)
+    codes = torch.cartesian_prod(words, words, words)[torch.randperm(64)]
+    return data | {"db_codes": codes}
+
+
+@pytest.mark.parametrize("distance", ["squared_l2", "l2"])
+def test_the_whole_ranking_s_map_equals_scikit_learn(distance):
+    data = without_ties()
+    got = evaluate_retrieval(**data, distance=distance, top_n="all")
+    dist = adc_distances(data["query"], data["db_codes"], data["codebooks"], distance)
+    good = relevance(data["query_labels"], data["db_labels"]).numpy()
+    want = [average_precision_score(good[q], -dist[q].numpy()) for q in range(12)]
+    assert got["mAP@all"] == pytest.approx(sum(want) / 12, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_db", [80, 100, 10, 1])
+def test_all_is_what_is_said_of_the_whole_ranking_and_nothing_else(n_db):
+    data = make(n_db=n_db)
+    whole, got = (evaluate_retrieval(**data, top_n=n) for n in (n_db, "all"))
+    cutoffs = [n for n in (1, 10, 100) if n <= n_db]
+    names = {f"precision@{n}" for n in cutoffs} | {"mAP@all", "pr_curve"}
+    assert got.keys() == names | {"distance", "queries", "queries_without_relevant"}
+    assert got == {name: whole[name] for name in got}
+    # what is left out says the same, or is known
+    assert whole[f"mAP@{n_db}"] == pytest.approx(got["mAP@all"], abs=1e-12)
+    with_one = (relevance(data["query_labels"], data["db_labels"]).sum(1) > 0).double().mean()
+    assert whole[f"recall@{n_db}"] == pytest.approx(with_one.item())
+    assert evaluate_retrieval(**data, top_n=5, whole_ranking=True)["mAP@all"] == got["mAP@all"]
+    assert evaluate_retrieval(**data, top_n="all", whole_ranking=False) == got
+
+
+def test_a_figure_says_which_ap_it_is():
+    assert ap_definition(1000) == "AP over the relevant images found in the top 1000"
+    assert ap_definition("all") == "AP over the whole ranking"
+
+
+@pytest.mark.parametrize(
+    "distances", [["inner_product"], ("squared_l2", "inner_product", "l2"), ("l2", "squared_l2")]
+)
+def test_a_model_is_scored_by_each_distance_in_their_order(distances):
+    model = GPQ(build_trunk("resnet18", 4), PrototypeQuantizer(3, 4, 2, classes=3)).train()
+    images = torch.randint(0, 256, (50, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.randint(0, 3, (50,))
+    sides = (images[:10], labels[:10]), (images[10:], labels[10:])
+    evaluate = RetrievalEvaluation(*sides, 16, "all", distances)
+    found = evaluate(model)
+    assert [entry["distance"] for entry in found] == list(distances)
+    assert model.training
+    x, codes = evaluate.encoded
+    codebooks = model.quantizer.codebooks.detach()
+    for entry, distance in zip(found, distances, strict=True):
+        want = evaluate_retrieval(x, labels[:10], codes, labels[10:], codebooks, distance, "all")
+        assert entry == {"code_bits": 6.0} | want
+    # codewords and sub-vectors have length 1: half of squared L2 ranks as it does, but for rounding
+    if len(found) == 3:
+        assert found[0]["mAP@all"] == pytest.approx(found[1]["mAP@all"], abs=1e-3)

@@ -16,7 +16,7 @@ def build(name, arch="resnet18", freeze=False, **changed):
     model = build_spq(arch, width, "soft", M=2, K=4, d=4)
     if freeze:
         model.freeze_trunk()
-    flags = {"optimizer": name, "lr": 0.01, "muon_lr": 0.2, "weight_decay": 0.1}
+    flags = {"optimizer": name, "lr": 0.01, "muon_lr": 0.2, "weight_decay": 0.1, "beta1": 0.9}
     return model, build_optimizers(Namespace(**(flags | {"cuda_graph": False} | changed)), model)
 
 
@@ -39,6 +39,22 @@ def test_every_parameter_is_in_one_group_and_moves(name):
     assert list(rates.values()) == [0.005]
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_adam_s_first_moment_decays_by_beta1(name):
+    model, optimizers = build(name, beta1=0.5, weight_decay=0.0)
+    adam = optimizers[-1]
+    assert adam.param_groups[0]["betas"] == (0.5, 0.999)
+    parameter = model.quantizer.codebooks
+    first, second = (torch.randn_like(parameter) for _ in range(2))
+    for grad in (first, second):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        parameter.grad = grad
+        adam.step()
+    # from 0: half of the way to the first gradient, then half of the way to the second
+    torch.testing.assert_close(adam.state[parameter]["exp_avg"], first / 4 + second / 2)
+
+
 def test_muon_takes_the_convolutions_but_the_first():
     model, (muon, rest) = build("muon")
     assert isinstance(muon, Muon)
@@ -58,10 +74,11 @@ def test_restored_state_keeps_this_run_s_settings():
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    _, (muon_2, adam_2) = build("muon", weight_decay=0.7)
+    _, (muon_2, adam_2) = build("muon", weight_decay=0.7, beta1=0.5)
     restore_optimizer(muon_2, muon.state_dict())
     restore_optimizer(adam_2, adam.state_dict())
     assert adam_2.param_groups[0]["weight_decay"] == 0.7
+    assert adam_2.param_groups[0]["betas"] == (0.5, 0.999)
     for one, two in ((muon, muon_2), (adam, adam_2)):
         for a, b in zip(one.state.values(), two.state.values(), strict=True):
             assert a.keys() == b.keys()

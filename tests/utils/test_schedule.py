@@ -44,6 +44,25 @@ def test_released_swings_with_a_period_of_twice_the_steps_per_epoch():
     assert math.isclose(lr_at(0), 1.0)
 
 
+def test_staircase_equals_torch_s_steps_of_0_95():
+    lr_at = lr_schedule("staircase", 2e-4, epochs=300, steps_per_epoch=10)
+    assert [lr_at(s) for s in (0, 99, 100, 199, 200)] == pytest.approx(
+        [2e-4, 2e-4, 1.9e-4, 1.9e-4, 1.805e-4]
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=100, gamma=0.95)
+    for step in range(3000):
+        assert lr_at(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_staircase_counts_from_the_end_of_its_warm_up():
+    lr_at = lr_schedule("staircase", 1.0, 300, 10, warmup_epochs=2.5)
+    assert [lr_at(s) for s in (0, 9, 24)] == pytest.approx([0.04, 0.4, 1.0])
+    assert [lr_at(s) for s in (25, 124, 125)] == pytest.approx([1.0, 1.0, 0.95])
+
+
 def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="unknown schedule 'step'"):
         lr_schedule("step", 1.0, 1, 1)

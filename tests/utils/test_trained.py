@@ -6,7 +6,7 @@ import timm
 import torch
 from small_images import ARGS, save_model
 
-from models import build_spq
+from models import GPQ, build_gpq, build_spq
 from models.trunks import TimmTrunk
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
@@ -68,7 +68,7 @@ def test_half_precision_weights_load_as_float32(tmp_path, tiny_model):
     [
         ({"format": "other"}, "is a torch file but not of this project; allowed is a checkpoint_l"),
         ({"version": 99}, "has version 99; this code reads 1"),
-        ({"method": "GPQ2"}, "is a model of GPQ2; allowed is SPQ"),
+        ({"method": "GPQ2"}, "is a model of GPQ2; allowed are SPQ and GPQ"),
         ({"args": ARGS | {"N_books": 8}}, "its weights and its flags do not fit"),
         ({"args": {}}, "its weights and its flags do not fit"),
         ({"args": ARGS | {"width": "wide"}}, "its weights and its flags do not fit"),
@@ -198,3 +198,71 @@ def test_files_from_before_there_were_stems_are_who_they_were(tmp_path):
     now = ARGS | {"stem": "cifar", "pretrained": False, "weights": None, "freeze_trunk": False}
     save_trained(tmp_path / "model.pt", Trained(model, "SPQ", now, known))
     assert load_trained(tmp_path).identity == known
+
+
+GPQ_ARGS = ARGS | {"arch": "cifar_vgg", "stem": "cifar", "quantizer": "prototype", "n_classes": 5}
+GPQ_ARGS |= {"N_books": 3, "soft_quantization_scale": 20.0}
+
+
+def gpq_model(path):
+    model = build_gpq("cifar_vgg", 8, M=3, K=16, d=4, classes=5, stem="cifar", input_size=16)
+    trained = Trained(model.eval(), "GPQ", GPQ_ARGS, identify("GPQ", GPQ_ARGS, model))
+    save_trained(path, trained)
+    return trained
+
+
+def test_a_gpq_model_comes_back_as_it_was(tmp_path):
+    made = gpq_model(tmp_path / "first.pt")
+    save_trained(tmp_path / "model.pt", load_trained(tmp_path / "first.pt"))
+    again = load_trained(tmp_path)
+    assert (again.method, again.args, again.identity) == ("GPQ", GPQ_ARGS, made.identity)
+    assert isinstance(again.model, GPQ)
+    assert not again.model.training
+    assert again.model.quantizer.alpha == 20
+    kept = {name for name in again.model.state_dict() if name.startswith("quantizer.")}
+    assert kept == {"quantizer.words", "quantizer.prototypes"}  # codebooks are made of these
+    images = torch.rand(40, 3, 16, 16)
+    assert torch.equal(again.model.quantizer.codebooks, made.model.quantizer.codebooks)
+    assert torch.equal(again.model.describe(images), made.model.describe(images))
+    codes = again.model.encode(images)
+    assert torch.equal(codes, made.model.encode(images))
+    assert len(codes.unique(dim=0)) > 1
+
+
+def test_alpha_decides_the_codes_of_gpq_and_not_of_spq(tmp_path, tiny_model):
+    images, change = torch.rand(40, 3, 16, 16), {"soft_quantization_scale": 2.0}
+    gpq_model(tmp_path / "gpq.pt")
+    for path, method, decides in ((tmp_path / "gpq.pt", "GPQ", True), (tiny_model, "SPQ", False)):
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"args": content["args"] | change}, tmp_path / "other.pt")
+        one, other = load_trained(path), load_trained(tmp_path / "other.pt")
+        assert one.identity == identify(method, one.args, one.model)
+        assert (one.identity != other.identity) == decides
+        # the codewords move, and with them what a code stands for
+        moved = not torch.equal(one.model.quantizer.codebooks, other.model.quantizer.codebooks)
+        assert moved == decides
+        codes = [trained.model.encode(images) for trained in (one, other)]
+        assert decides or torch.equal(*codes)
+
+
+@pytest.mark.parametrize("n_classes", [0, 4, 10**9, "5", None])
+def test_a_gpq_file_with_other_classes_is_refused(tmp_path, n_classes):
+    gpq_model(tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    content["args"] |= {"n_classes": n_classes}
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt: is damaged: its weights and its flags do not fit"):
+        load_trained(tmp_path / "x.pt")
+    del content["args"]["n_classes"]
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"is damaged: .*n_classes"):
+        load_trained(tmp_path / "x.pt")
+
+
+def test_a_model_of_one_method_is_none_of_the_other(tmp_path, tiny_model):
+    gpq_model(tmp_path / "x.pt")
+    for path, method in ((tmp_path / "x.pt", "SPQ"), (tiny_model, "GPQ")):
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"method": method}, tmp_path / "y.pt")
+        with pytest.raises(UserError, match=r"y\.pt: is damaged"):
+            load_trained(tmp_path / "y.pt")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from faiss.contrib.ondisk import merge_ondisk
 
+from models import PrototypeQuantizer
+from models.quantizer import intra_normalize
 from utils.errors import UserError
 from utils.retrieval import adc_distances
 from utils.search.engines import (
@@ -35,10 +37,19 @@ def coded(M, K, d, N=3000, Q=5):
     return query, codes, pack_codes(codes, K), codebooks
 
 
-def assert_same_ranking(query, codes, codebooks, dist, index):
+def unit(M, K, d, N=3000):
+    """The same with codewords and sub-vectors of length 1, as GPQ's have."""
+    query, codes, packed, codebooks = coded(M, K, d, N)
+    codebooks /= np.linalg.norm(codebooks, axis=2, keepdims=True)
+    parts = query.reshape(-1, M, d)
+    query = (parts / np.linalg.norm(parts, axis=2, keepdims=True)).reshape(len(query), M * d)
+    return query, codes, packed, codebooks
+
+
+def assert_same_ranking(query, codes, codebooks, dist, index, distance="squared_l2"):
     """Equal distances at each rank, and each item at its own distance: equal up to ties."""
     every = adc_distances(
-        torch.from_numpy(query), torch.from_numpy(codes), torch.from_numpy(codebooks)
+        torch.from_numpy(query), torch.from_numpy(codes), torch.from_numpy(codebooks), distance
     ).numpy()
     k = dist.shape[1]
     assert np.abs(dist - np.sort(every, axis=1)[:, :k]).max() < TOLERANCE
@@ -109,6 +120,86 @@ def test_auto_takes_faiss_only_where_it_ranks_exactly():
     assert "exact squared L2" in choose_engine(packed, codebooks).name
     with pytest.raises(UserError, match=r"--engine=faiss: cannot rank by l2"):
         choose_engine(packed, codebooks, "l2", "faiss")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (12, 16, 12)])
+def test_engines_agree_in_inner_products(shape):
+    query, codes, packed, codebooks = unit(*shape)
+    kinds = {"faiss": FaissEngine, "own": OwnEngine, "auto": FaissEngine}
+    found = {}
+    for engine, kind in kinds.items():
+        chosen = choose_engine(packed, codebooks, "inner_product", engine)
+        assert type(chosen) is kind
+        found[engine] = chosen.search(query, 100)
+        assert_same_ranking(query, codes, codebooks, *found[engine], "inner_product")
+    assert all(map(np.array_equal, found["faiss"], found["auto"]))
+    assert np.abs(found["faiss"][0] - found["own"][0]).max() < TOLERANCE
+    # half of squared L2, whose ranking it is
+    dist, index = choose_engine(packed, codebooks).search(query, 100)
+    assert np.array_equal(index, found["faiss"][1])
+    assert np.array_equal(dist / 2, found["faiss"][0])
+
+
+def test_equal_inner_products_come_in_order_of_index():
+    query, _, _, codebooks = unit(4, 16, 4)
+    codes = np.tile(np.arange(16)[:, None] % [16, 8, 4, 2], (20, 1))  # each code 20 times
+    packed = pack_codes(codes, 16)
+    orders = []
+    for engine in ("faiss", "own"):
+        found = choose_engine(packed, codebooks, "inner_product", engine).search(query, 60)
+        ties = found[0][:, 1:] == found[0][:, :-1]
+        assert ties.mean() > 0.9
+        assert (np.diff(found[1], axis=1)[ties] > 0).all()
+        orders.append(found[1])
+    assert np.array_equal(*orders)
+
+
+def test_inner_products_are_for_codewords_of_length_1():
+    query, _, packed, codebooks = unit(8, 16, 4)
+    assert "exact inner product" in choose_engine(packed, codebooks, "inner_product").name
+    whole_bytes = unit(4, 256, 8)
+    assert "exact inner product" in choose_engine(*whole_bytes[2:], "inner_product").name
+    longer, shorter, rounded = codebooks.copy(), codebooks.copy(), codebooks.copy()
+    longer[5, 3] *= 1.01
+    shorter[0, 0] = 0
+    rounded[5, 3] *= 1.0005
+    for engine in ("auto", "faiss", "own"):
+        for words in (longer, shorter):
+            with pytest.raises(
+                UserError,
+                match=r"--distance=inner_product: .* codewords have length 1.*squared_l2 and l2",
+            ):
+                choose_engine(packed, words, "inner_product", engine)
+            choose_engine(packed, words, "squared_l2", engine)
+        choose_engine(packed, rounded, "inner_product", engine).search(query, 3)
+
+
+@pytest.mark.parametrize(("M", "K", "d"), [(12, 16, 12), (3, 16, 12), (4, 256, 6)])
+def test_faiss_s_own_encoder_gives_a_gpq_model_s_codes(M, K, d):
+    """So descriptors may be added to an exported index without this project."""
+    quantizer = PrototypeQuantizer(M, K, d, classes=10)
+    x = intra_normalize(torch.randn(2000, M * d), M)
+    with torch.no_grad():
+        codebooks = quantizer.codebooks
+        sim = torch.einsum("nmd,mkd->nmk", x.unflatten(1, (M, d)).double(), codebooks.double())
+        first, second = sim.topk(2, dim=2).values.unbind(2)
+        codes = quantizer.encode(x)
+    clear = (first - second > 1e-6).all(dim=1)  # no rounding decides between two codewords
+    assert clear.float().mean() > 0.9
+    assert torch.equal(codes[clear], sim.argmax(dim=2)[clear])
+    packed = pack_codes(codes.numpy(), K)
+    index = export(packed[:1], codebooks.numpy(), "faiss")
+    index.add(x[clear].numpy())
+    stored = faiss.vector_to_array(index.codes).reshape(index.ntotal, -1)
+    assert np.array_equal(stored[1:], packed[clear.numpy()])
+    # and finds by squared L2 what the inner product ranks first
+    engine = choose_engine(stored, codebooks.numpy(), "inner_product")
+    query = x[:5].numpy()
+    dist, found = index.search(query, 50)
+    ranked = engine.search(query, 50)
+    assert np.abs(dist / 2 - ranked[0]).max() < TOLERANCE
+    every = adc_distances(x[:5], torch.cat([codes[:1], codes[clear]]), codebooks, "inner_product")
+    assert np.abs(np.take_along_axis(every.numpy(), found, axis=1) - dist / 2).max() < TOLERANCE
 
 
 def test_unsquared_distances_are_those_of_the_released_code():
