@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_dataset(args, run.device, semi=True)
     run = run.with_data(data.split, data.used, data.left_out)
     if "n_classes" not in args:  # else as the model to be evaluated has them
-        run = run.with_flags(n_classes=args.num_cls or len(data.classes))
+        run = run.with_flags(n_classes=len(data.classes))
     model = start_model(run)
     evaluate = None
     if data.query is not None:

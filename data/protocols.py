@@ -132,7 +132,8 @@ def semi_supervised(
                 left = " that no rarer one took" if multilabel else ""
                 raise UserError(
                     f"--labels_per_class={labels_per_class}: class {c} has {len(rows)} images to "
-                    f"take labels from{left}; allowed is 1 to that"
+                    f"take labels from{left}; allowed are fewer labels a class, or all (leave the "
+                    "flag away)"
                 )
             picked.append(rows[:labels_per_class])
             free[picked[-1]] = False

@@ -25,7 +25,7 @@ from data.cifar10 import LabelledImages, load_cifar10
 from data.cifar100 import load_cifar100
 from data.images import Files, ImageError, open_images
 from data.lists import Listing, read_images_and_targets, read_label_list, read_mirflickr
-from data.manifest import Split, read_split, write_split
+from data.manifest import Roles, Split, read_split, write_split
 from data.protocols import at_random, gpq, per_class, semi_supervised
 from utils.errors import UserError
 
@@ -43,6 +43,7 @@ CIFAR = ("cifar10", "cifar100")
 FIXED = "lists"  # the protocol of lists that say themselves what an image is for
 UNLABELLED = "all"  # the protocol of a folder: everything is trained on, nothing evaluated
 TOP_N = {"flickr25k": 5000, "nuswide": 5000}  # the papers'; 1000 for all others
+UNKNOWN = ("unlabelled", "unlabeled")  # class folders of images whose class is not known
 LIST_FILES = {"train": "train.txt", "query": "test.txt", "database": "database.txt"}
 # above class folders, as many sets are handed out
 PART_FOLDERS = ({"train", "test"}, {"train", "val"}, {"train", "val", "test"})
@@ -57,7 +58,8 @@ PROTOCOL_HELP = (
     "as labels of their own. nuswide: 100-500, 100 queries and 500 trained on for each label, of "
     "the images that have one. folder: all, trained on without labels; class-folders, the first "
     "folder of a path is its class, a tenth of each are queries (where the first folders are train "
-    "and test, or val, the second one, and all below test, or val, are). A folder with train.txt, "
+    "and test, or val, the second one, and all below test, or val, are); images in unlabelled/ "
+    "have no class and are only trained on. A folder with train.txt, "
     "test.txt and database.txt has "
     "its split already, and needs none of these"
 )
@@ -104,8 +106,9 @@ def with_labels(split: Split, labels_per_class: int | None, seed: int) -> Split:
     """
     if len(split.listing.classes) < 2:
         raise UserError(
-            f"--dataset={split.dataset}: has no labels, and some are needed here; a folder that "
-            "has a folder for each class takes --protocol=class-folders"
+            f"--dataset={split.dataset}: its split ({split.protocol}) has no labels, and some are "
+            "needed here; allowed are --protocol=class-folders, where the images lie in a folder "
+            "for each class, and --dataset=lists"
         )
     drawn = labels_per_class is not None and "labelled" not in split.roles
     roles = semi_supervised(
@@ -257,7 +260,7 @@ def join_lists(dataset: str, listings: dict[str, Listing], folder: Path) -> Spli
 def _folder_split(args: Namespace) -> Split:
     """A person's own pictures: all are trained on. By `class-folders` the first folder of a path is
     its class, and a tenth of each class are queries; or, below `train` and `test` (or `val`), the
-    second one, and the images below `test` are."""
+    second one, and the images below `test` are. What lies in `unlabelled` is trained on alone."""
     source = open_images(str(args.data_dir), args.data_dir, flag="--data_dir")
     if source.faults:
         name, reason = source.faults[0]
@@ -281,17 +284,23 @@ def _class_folders(names: list[str], args: Namespace) -> Split:
     if loose:
         raise UserError(
             f"--protocol=class-folders: {len(loose)} images lie in no class folder, {loose[0]!r} "
-            "for one; move them into one, or leave the flag away"
+            f"for one; move them into one ({UNKNOWN[0]}/ if their class is not known), or train "
+            "without labels by main_SPQ.py --protocol=all"
         )
     mine = [rest.partition("/")[0] for rest in inner]
-    classes = tuple(sorted(set(mine)))
+    classes = tuple(sorted({*mine} - {*UNKNOWN}))
     if len(classes) < 2:
+        where = classes[0] if classes else UNKNOWN[0]
         raise UserError(
-            f"--protocol=class-folders: all images lie in {classes[0]!r}, and needed are two "
-            "classes; name the folder of the class folders, or leave the flag away"
+            f"--protocol=class-folders: all images lie in {where!r}, and needed are two "
+            "classes; name the folder of the class folders, or train without labels by main_SPQ.py "
+            "--protocol=all"
         )
     number = {name: c for c, name in enumerate(classes)}
-    labels = torch.tensor([number[name] for name in mine])
+    labels = torch.tensor([number.get(name, -1) for name in mine])
+    known = labels >= 0
+    if not known.all():  # a class number each, or for some none: rows of 0 and 1
+        labels = (labels[:, None] == torch.arange(len(classes))).to(torch.uint8)
     listing = Listing(names, labels, classes)
     if parted:
         top = [name.partition("/")[0] for name in names]
@@ -301,13 +310,24 @@ def _class_folders(names: list[str], args: Namespace) -> Split:
             for wanted in ("train", asked)
         )
         roles = {"train": others, "query": query, "database": others}
-        return Split("folder", "class-folders", None, listing, roles)
-    smallest = int(labels.bincount().min())
-    if smallest < 2:
-        few = classes[int(labels.bincount().argmin())]
+        return Split("folder", "class-folders", None, listing, _only_known(roles, known))
+    sizes = labels.sum(dim=0, dtype=torch.int64) if listing.multilabel else labels.bincount()
+    if int(sizes.min()) < 2:
+        few = classes[int(sizes.argmin())]
         raise UserError(f"--protocol=class-folders: class {few!r} has one image; needed are two")
     roles = per_class(labels, 0.1, None, args.split_seed)
-    return Split("folder", "class-folders", args.split_seed, listing, roles)
+    return Split("folder", "class-folders", args.split_seed, listing, _only_known(roles, known))
+
+
+def _only_known(roles: Roles, known: Tensor) -> Roles:
+    """Images of no known class are trained on without labels, and neither asked nor searched: they
+    would count as wrong."""
+    if known.all():
+        return roles
+    sure = {role: roles[role][known[roles[role]]] for role in ("query", "database")}
+    if not (len(sure["query"]) and len(sure["database"])):
+        raise UserError("--protocol=class-folders: no image of a known class is left to search for")
+    return {"train": roles["train"], "labelled": sure["database"], **sure}
 
 
 _SPLITS: dict[str, Callable[[Namespace], Split]] = {

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 LEAST_LENGTH = 1e-6  # that a sub-vector is divided by
 
 

@@ -139,6 +139,12 @@ def start_run(method: str, args: Namespace) -> Run:
     ranks = Ranks.from_environment()
     device = choose_device(args, ranks)
     ranks.connect(device)
+    parts = ranks.world_size * args.accumulate
+    if args.accumulate > 1 and args.batch_size % parts:
+        raise UserError(
+            f"--batch_size={args.batch_size}: must be a multiple of {parts}, --accumulate times "
+            f"the {ranks.world_size} processes"
+        )
     compilers = [os.environ.get("CXX", "g++"), "clang++"]
     if args.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError(

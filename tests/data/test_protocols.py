@@ -352,8 +352,10 @@ def test_too_few_images_to_label_are_told():
         match=r"^--labels_per_class=3: class 0 has 2 images to take labels from; allowed is 1 to",
     ):
         semi_supervised(roles, labels, 3, None)
-    # a class that has no image there is none to take labels for
-    assert semi_supervised(roles, labels, 2, None)["labelled"].tolist() == [1, 2, 3, 4]
+    # of a class that has none, or none but queries, no labels are taken
+    labels, roles = torch.tensor([0, 0, 0, 2, 2, 2, 2, 1]), {"train": torch.arange(8)}
+    found = semi_supervised({**roles, "query": torch.tensor([0, 7])}, labels, 2, None)
+    assert found["labelled"].tolist() == [1, 2, 3, 4]
     roles = {"train": torch.arange(3), "query": torch.arange(5)}
     with pytest.raises(UserError, match="--split: has no image to take labels from that is not a"):
         semi_supervised(roles, labels, None, None)

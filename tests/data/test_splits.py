@@ -18,7 +18,7 @@ from small_images import make_images
 
 from data.lists import FLICKR_LABELS, FLICKR_RELEVANT
 from data.manifest import read_split, write_split
-from data.splits import PROTOCOLS, find_faults, load_split, main
+from data.splits import PROTOCOLS, find_faults, load_split, main, with_labels
 from utils.errors import UserError
 
 ROWS = small_cifar.ROWS
@@ -344,6 +344,39 @@ def test_train_and_test_above_class_folders_are_roles(tmp_path):
     touch(tmp_path, ["test/loose.jpg"])
     with pytest.raises(UserError, match=r"1 images lie in no class folder, 'test/loose\.jpg'"):
         load_split(ask("folder", tmp_path, protocol="class-folders"))
+
+
+def test_what_lies_in_unlabelled_is_trained_on_and_nothing_else(tmp_path):
+    known = [f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(20)]
+    unknown = [f"unlabelled/{i}.jpg" for i in range(15)]
+    touch(tmp_path, known + unknown)
+    split = load_split(ask("folder", tmp_path, protocol="class-folders"))
+    assert split.listing.classes == ("cat", "dog")
+    labels = labels_by_name(split)
+    assert [labels[name] for name in known] == [[1, 0]] * 20 + [[0, 1]] * 20
+    assert not any(any(labels[name]) for name in unknown)
+    rows = {role: set(names_of(split, role)) for role in split.roles}
+    assert len(rows["query"]) == 4 and rows["query"] <= set(known)
+    assert rows["database"] == rows["labelled"] == set(known) - rows["query"]
+    assert rows["train"] == {*known, *unknown} - rows["query"]
+    semi = with_labels(split, None, 0).roles
+    assert {split.listing.names[i] for i in semi["train"]} == set(unknown)
+    few = with_labels(split, 3, 0).roles
+    assert len(few["labelled"]) == 6
+    assert len(few["train"]) == 15 + 36 - 6
+
+
+def test_unlabelled_beside_train_and_test(tmp_path):
+    names = [f"{part}/{name}/1.jpg" for part in ("train", "test") for name in "ab"]
+    touch(tmp_path, [*names, "train/unlabeled/1.jpg"])
+    split = load_split(ask("folder", tmp_path, protocol="class-folders"))
+    assert {k: len(v) for k, v in split.roles.items()} == {
+        "train": 3,
+        "labelled": 2,
+        "query": 2,
+        "database": 2,
+    }
+    assert split.listing.classes == ("a", "b")
 
 
 def test_class_folders_that_cannot_be_classes(tmp_path):
