@@ -95,7 +95,7 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
                 )
     if args.validate:
         fixed = args.dataset.startswith("cifar") and split.protocol == "spq"
-        roles = held_out(roles, None if fixed else args.split_seed)
+        roles = held_out(roles, split.listing.labels, None if fixed else args.split_seed)
     for role in wanted:
         if role not in roles or not len(roles[role]):
             raise UserError(f"--data_dir={args.data_dir}: no image is left for the role {role}")

@@ -148,26 +148,37 @@ def semi_supervised(
     return _ascending(**{**roles, "train": train, "labelled": known})
 
 
-def held_out(roles: Roles, seed: int | None) -> Roles:
+def held_out(roles: Roles, labels: Tensor, seed: int | None) -> Roles:
     """A tenth of the training images as queries instead, and out of the database (`--validate`).
 
+    Images without a label are not drawn. Where no other is trained on without labels, a tenth of
+    the labelled ones are the queries.
+
     Args:
-        roles: of the split; what is labelled stays so, but for the queries.
+        roles: of the split.
+        labels: (N,) or (N, C).
         seed: of a random tenth; None takes the last one, for sets whose order is random already.
     Raises:
-        UserError: if less than two images are trained on.
+        UserError: if there are less than two such images.
     """
-    train = roles["train"]
-    if len(train) < 2:
-        raise UserError(f"--validate: wants 2 training images or more, and there are {len(train)}")
-    order = train if seed is None else train[shuffled(len(train), seed)]
-    kept = len(order) * 9 // 10
-    query = order[kept:]
-    found = {**roles, "train": order[:kept], "query": query}
-    for role in ("labelled", "database"):
+    pool = _known(roles, "train", labels)
+    if len(pool) < 2:
+        pool = _known(roles, "labelled", labels)
+    if len(pool) < 2:
+        raise UserError(f"--validate: wants 2 training images or more, and there are {len(pool)}")
+    order = pool if seed is None else pool[shuffled(len(pool), seed)]
+    query = order[len(order) * 9 // 10 :]
+    found = {**roles, "query": query}
+    for role in ("train", "labelled", "database"):
         if role in roles:
             found[role] = roles[role][~torch.isin(roles[role], query)]
     return _ascending(**found)
+
+
+def _known(roles: Roles, role: str, labels: Tensor) -> Tensor:
+    """Rows of a role that have a label."""
+    rows = roles.get(role, torch.empty(0, dtype=torch.int64))
+    return rows if labels.dim() == 1 else rows[labels[rows].any(dim=1)]
 
 
 def _ascending(**roles: Tensor) -> Roles:

@@ -452,7 +452,9 @@ def test_labels_stay_with_their_images_when_some_are_left_out(faulty):
 
 
 def test_sets_without_enough_labels_are_told(lists):
-    with pytest.raises(UserError, match=r"--dataset=folder: has no labels.*=class-folders"):
+    with pytest.raises(
+        UserError, match=r"--dataset=folder: its split \(all\) has no labels.*class-fol"
+    ):
         load(lists, "--protocol=all", dataset="folder", semi=True)
     found = load(lists, dataset="folder", semi=True)  # class folders, a tenth of each are queries
     assert len(found.query[0]) == 3

@@ -179,10 +179,13 @@ def test_a_class_that_is_too_small_is_named():
         per_class(labels, 2, 4, 0)
 
 
+ONE = torch.zeros(200, dtype=torch.int64)  # all of one class
+
+
 def test_a_tenth_is_held_out_for_validation():
     roles = {"train": torch.arange(0, 100, 2), "query": torch.arange(100, 110)}
     roles["database"] = torch.arange(100)
-    fixed, drawn = held_out(roles, None), held_out(roles, 0)
+    fixed, drawn = held_out(roles, ONE, None), held_out(roles, ONE, 0)
     assert fixed["query"].tolist() == [90, 92, 94, 96, 98]
     for found in (fixed, drawn):
         sets = as_sets(found)
@@ -190,16 +193,16 @@ def test_a_tenth_is_held_out_for_validation():
         assert sets["train"] == set(range(0, 100, 2)) - sets["query"]
         assert sets["database"] == set(range(100)) - sets["query"]
     assert not torch.equal(fixed["query"], drawn["query"])
-    assert same(drawn, held_out(roles, 0))
-    assert not same(drawn, held_out(roles, 1))
+    assert same(drawn, held_out(roles, ONE, 0))
+    assert not same(drawn, held_out(roles, ONE, 1))
     assert len(roles["database"]) == 100  # the split itself stays as it is
     with pytest.raises(UserError, match="--validate: wants 2 training images"):
-        held_out(roles | {"train": torch.tensor([3])}, 0)
+        held_out(roles | {"train": torch.tensor([3])}, ONE, 0)
 
 
 def test_what_is_labelled_stays_so_when_a_tenth_is_held_out():
     roles = gpq(torch.arange(1000) % 10, every=10, labelled=20)
-    found = held_out(roles, 0)
+    found = held_out(roles, torch.arange(1000) % 10, 0)
     assert torch.equal(found["labelled"], roles["labelled"])
     assert not set(found["query"].tolist()) & set(found["labelled"].tolist())
 
@@ -211,12 +214,29 @@ def test_a_query_that_was_labelled_is_so_no_more():
     roles = semi_supervised({"train": train, "database": train}, labels, None, None)
     assert torch.equal(roles["labelled"], roles["train"])
     for seed in (None, 0):
-        sets = as_sets(held_out(roles, seed))
+        sets = as_sets(held_out(roles, labels, seed))
         assert len(sets["query"]) == 10
         assert not sets["query"] & (sets["labelled"] | sets["train"] | sets["database"])
         assert sets["labelled"] == set(train.tolist()) - sets["query"]
     half = {**roles, "labelled": train[:95]}  # five of the last ten are
-    assert held_out(half, None)["labelled"].tolist() == train[:90].tolist()
+    assert held_out(half, labels, None)["labelled"].tolist() == train[:90].tolist()
+
+
+def test_images_of_no_class_are_not_asked_for():
+    """Of a folder with `unlabelled`: rows 0 to 39 have a class, 40 to 99 none."""
+    labels = torch.zeros(100, 2, dtype=torch.uint8)
+    labels[torch.arange(40), torch.arange(40) % 2] = 1
+    known, unknown = torch.arange(40), torch.arange(40, 100)
+    roles = {"train": unknown, "labelled": known, "database": known}
+    found = as_sets(held_out(roles, labels, 0))
+    assert len(found["query"]) == 4 and found["query"] < set(range(40))
+    assert found["labelled"] == found["database"] == set(range(40)) - found["query"]
+    assert found["train"] == set(range(40, 100))
+    # where some of the images that are trained on without labels have one, these are asked
+    some = {**roles, "train": torch.arange(20, 100), "labelled": torch.arange(20)}
+    found = as_sets(held_out(some, labels, 0))
+    assert len(found["query"]) == 2 and found["query"] < set(range(20, 40))
+    assert found["labelled"] == set(range(20))
 
 
 # --- semi-supervised ----------------------------------------------------------------------------
@@ -292,7 +312,7 @@ def test_the_rarest_label_has_the_first_turn():
     with pytest.raises(
         UserError,
         match=r"--labels_per_class=3: class 0 has 2 images to take labels from that no rarer one "
-        r"took; allowed is 1 to that",
+        r"took; allowed are fewer labels a class, or all",
     ):
         semi_supervised({"train": torch.arange(5)}, labels, 3, None)
 
@@ -349,7 +369,7 @@ def test_too_few_images_to_label_are_told():
     roles = {"train": torch.arange(7), "query": torch.tensor([0])}
     with pytest.raises(
         UserError,
-        match=r"^--labels_per_class=3: class 0 has 2 images to take labels from; allowed is 1 to",
+        match=r"^--labels_per_class=3: class 0 has 2 images to take labels from; allowed are",
     ):
         semi_supervised(roles, labels, 3, None)
     # of a class that has none, or none but queries, no labels are taken

@@ -55,7 +55,7 @@ def check_roles(split):
         ("I", (300, 0, 60, 300)),
         ("II", (30, 0, 60, 300)),
         ("59k", (30, 0, 10, 350)),
-        ("gpq", (0, 354, 6, 0)),  # of 36 images a class, all that are no queries are labelled
+        ("gpq", (324, 30, 6, 324)),  # of 36 images a class, a twelfth is labelled
     ],
 )
 def test_cifar10(protocol, counts, small_set):

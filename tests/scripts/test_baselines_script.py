@@ -234,8 +234,8 @@ def test_bad_run_folders_are_named(call, run16, tmp_path):
 
 @pytest.fixture
 def gpq12(small_set, tmp_path):
-    """A GPQ network of 12 bits, as it was drawn, of a run on GPQ's split that was validated: a tenth
-    of the images without labels are its queries."""
+    """A GPQ network of 12 bits, as it was drawn, of a run with --validate: a tenth of the images
+    without labels are its queries."""
     torch.manual_seed(0)
     model = build_gpq("resnet18", 8, M=3, K=16, d=4, classes=10).eval()
     args = ARGS | {"N_books": 3, "quantizer": "prototype", "stem": "cifar", "n_classes": 10}

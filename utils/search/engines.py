@@ -51,7 +51,7 @@ class FaissEngine:
         self, packed: np.ndarray, codebooks: np.ndarray, distance: str = "squared_l2"
     ) -> None:
         M, K, d = codebooks.shape
-        self.factor = np.float32(0.5 if distance == "inner_product" else 1.0)
+        self.M, self.distance = M, distance
         measure = "squared L2" if distance == "squared_l2" else "inner product"
         bits = word_bits(K)
         self.pad = 0
@@ -71,10 +71,16 @@ class FaissEngine:
         """The k nearest items: dist (Q, k) ascending, index (Q, k) int64; k at most N."""
         if not np.isfinite(query).all():
             raise ValueError("queries must be finite")
-        query = np.pad(query.astype(np.float32, copy=False), ((0, 0), (0, self.pad)))
+        parts = query.astype(np.float32, copy=False).reshape(len(query), self.M, -1)
+        lengths = np.square(parts).sum(axis=2)  # (Q, M), squared
+        if self.distance == "inner_product" and lengths.max(initial=0) > (1 + UNIT_TOLERANCE) ** 2:
+            raise ValueError("queries for an inner product must have sub-vectors of length 1")
+        query = np.pad(parts.reshape(len(query), -1), ((0, 0), (0, self.pad)))
         dist, index = self.index.search(np.ascontiguousarray(query), k)
         order = np.lexsort((index, dist))  # ties in order of index
-        dist = np.take_along_axis(dist, order, 1) * self.factor
+        dist = np.take_along_axis(dist, order, 1)
+        if self.distance == "inner_product":  # 1 - <q, c> = (||q - c||^2 - ||q||^2 + 1) / 2
+            dist = np.maximum(0, (dist - lengths.sum(axis=1, keepdims=True) + self.M) / 2)
         return dist, np.take_along_axis(index, order, 1)
 
 

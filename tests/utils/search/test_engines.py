@@ -137,7 +137,19 @@ def test_engines_agree_in_inner_products(shape):
     # half of squared L2, whose ranking it is
     dist, index = choose_engine(packed, codebooks).search(query, 100)
     assert np.array_equal(index, found["faiss"][1])
-    assert np.array_equal(dist / 2, found["faiss"][0])
+    assert np.abs(dist / 2 - found["faiss"][0]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ["faiss", "own"])
+def test_a_query_s_subvectors_may_be_zero_but_not_longer_than_1(engine):
+    query, codes, packed, codebooks = unit(4, 16, 4)
+    query[:, :4] = 0  # the first of four: as far from all words, 1
+    dist, index = choose_engine(packed, codebooks, "inner_product", engine).search(query, 5)
+    chosen = codebooks[np.arange(4), codes[index]]  # (Q, 5, M, d)
+    want = 4 - np.einsum("qmd,qkmd->qk", query.reshape(-1, 4, 4), chosen)
+    assert np.abs(dist - want).max() < TOLERANCE
+    with pytest.raises(ValueError, match="length 1"):
+        choose_engine(packed, codebooks, "inner_product", engine).search(query * 1.01, 5)
 
 
 def test_equal_inner_products_come_in_order_of_index():
