@@ -36,7 +36,10 @@ not_negative = number(float, 0)
 
 
 def count_or_all(text: str) -> int | str:
-    return text if text == "all" else positive_int(text)
+    try:
+        return text if text == "all" else positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or all") from None
 
 
 def spq_parser() -> Parser:
@@ -139,7 +142,7 @@ def add_data_flags(parser: Parser) -> None:
         "--dataset",
         choices=DATASETS,
         default="cifar10",
-        help="folder: your own images, all below --data_dir, trained on without labels; lists: "
+        help="folder: your own images, all below --data_dir; lists: "
         "train.txt, test.txt (the queries) and database.txt in --data_dir, lines of a path and its "
         "labels; README tells what the others need",
     )
@@ -169,7 +172,7 @@ def add_data_flags(parser: Parser) -> None:
         default=None,
         metavar="NAME",
         help=f"which images are trained on, queries and database. {PROTOCOL_HELP} (default: the "
-        "first named, the paper's)",
+        "first named, the paper's; for GPQ gpq on cifar10 and class-folders in a folder)",
     )
     flag(
         "--split",
@@ -222,8 +225,8 @@ def add_data_flags(parser: Parser) -> None:
         type=number(int, 8, high=1024),
         default=None,
         metavar="PIXELS",
-        help="side of the images that are encoded and, unless --crop_size says otherwise, of the "
-        "crops that are trained on (default: 32 for CIFAR, 64 for all others, the papers' sizes)",
+        help="side of the images that are encoded and, unless SPQ's --crop_size says otherwise, "
+        "trained on (default: 32 for CIFAR, 64 for all others, the papers' sizes)",
     )
     flag(
         "--num_cls",
@@ -238,14 +241,15 @@ def add_data_flags(parser: Parser) -> None:
         default=False,
         metavar="BOOL",
         help="choose settings without the queries of the split: a tenth of the training images "
-        "are queries instead, neither trained on nor in the database (CIFAR: the last 5,000)",
+        "are queries instead, neither trained on nor in the database (CIFAR's own split: the last "
+        "5,000)",
     )
     flag(
         "--limit_train",
         type=positive_int,
         default=None,
         metavar="N",
-        help="trial: train on the first N images (default: all)",
+        help="trial: train on the first N images; GPQ: N with labels and N without (default: all)",
     )
     flag(
         "--limit_db",
@@ -294,7 +298,7 @@ def add_model_flags(parser: Parser, lengths: str) -> None:
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="start from published weights (SPQ-S): timm fetches them; those of "
+        help="start from published weights: timm fetches them; those of "
         "tf_efficientnet_lite0 come with requirements.txt",
     )
     flag(
@@ -310,7 +314,7 @@ def add_model_flags(parser: Parser, lengths: str) -> None:
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="train head and codebooks only",
+        help="train all but the trunk",
     )
     flag(
         "--cached_views",
@@ -514,14 +518,16 @@ def add_training_flags(parser: Parser, schedules: Sequence[str]) -> None:
         type=number(int, 2),
         default=256,
         metavar="B",
-        help="images in a step, over all processes; the last incomplete batch is dropped",
+        help="images in a step, over all processes; GPQ: so many with labels and so many without. "
+        "The last incomplete batch is dropped",
     )
     flag(
         "--epochs",
         type=positive_int,
         default=2000,
         metavar="N",
-        help="passes over the training images; the schedule ends here",
+        help="passes over the training images, for GPQ over the labelled ones; the schedule ends "
+        "here",
     )
     flag(
         "--freeze_bn_epoch",
@@ -768,6 +774,19 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     if not any(weights) and None not in weights:
         names = ", ".join(f"--{name}" for name in GPQ_WEIGHTS)
         parser.error(f"{names}: are all 0, so nothing would be learned; one must be above it")
+    if "beta1" in args.given and args.optimizer == "sgd":
+        parser.error("--beta1: does nothing with --optimizer=sgd; allowed are the others")
+    reversal = args.given & {"reversal_weight", "reversal_warmup_epochs"}
+    if reversal and not args.entropy_weight:
+        parser.error(f"--{min(reversal)}: does nothing with --entropy_weight=0")
+    if "reversal_warmup_epochs" in args.given:
+        if not args.reversal_weight:
+            parser.error("--reversal_warmup_epochs: does nothing with --reversal_weight=0")
+        if args.reversal_warmup_epochs > args.epochs:
+            parser.error(
+                f"--reversal_warmup_epochs={args.reversal_warmup_epochs:g}: must be at most "
+                f"--epochs={args.epochs}"
+            )
     if args.eval_only and args.resume is None:
         parser.error("--eval_only: needs --resume, a checkpoint or auto")
     if args.resume == "":

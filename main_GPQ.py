@@ -59,10 +59,11 @@ def build_trainer(
     M, beta = args.N_books, args.classification_scale
 
     def embed(model: nn.Module, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        labelled, labels, unlabelled, reversal = batch
+        labelled, labels, *others = batch
         x, z = model(labelled)
-        if not args.entropy_weight:
+        if not others:  # --entropy_weight=0
             return x, z, labels
+        unlabelled, reversal = others
         x_u, _ = model(unlabelled, reversal)  # batch norm sees one side at a time, as released
         return x, z, labels, x_u
 

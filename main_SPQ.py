@@ -17,7 +17,7 @@ from data.views import kept_views, random_views
 from losses import contrastive_loss, cqc_loss
 from models import SPQ
 from utils.cli import run_main
-from utils.evaluation import L2_DISTANCES, RetrievalEvaluation
+from utils.evaluation import RetrievalEvaluation, headline_first
 from utils.loop import Trainer
 from utils.pretrained import start_model
 from utils.report import report
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     run = run.with_data(data.split, data.used, data.left_out)
     evaluate = None
     if data.query is not None:  # labels are scored with, never trained on
-        distances = sorted(L2_DISTANCES, key=lambda distance: distance != args.distance)
+        distances = headline_first(args.distance)
         evaluate = RetrievalEvaluation(data.query, data.db, args.input_size, args.Top_N, distances)
     trainer = build_trainer(run, model, data.train, evaluate)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()

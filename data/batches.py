@@ -114,6 +114,7 @@ class ViewBatches:
         ahead: int = 1,
     ) -> None:
         self.batches, self.augments_at, self.seed, self.ahead = batches, augments_at, seed, ahead
+        self.images = batches.batch_size
         self._made: tuple[int, list[Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -163,6 +164,7 @@ class CachedViewBatches:
         views: int = 2,
     ) -> None:
         self.batches, self.seed, self.whole, self.views = batches, seed, whole, views
+        self.images = batches.batch_size
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -192,7 +194,7 @@ class SemiSupervisedBatches:
     Args:
         labelled: views of labelled images, one of each; or kept features of them.
         labels: of all labelled images, (N,) or (N, C), on the device.
-        unlabelled: views of the others.
+        unlabelled: views of the others; None: they are left out.
         reversal_at: step -> strength of the gradient reversal.
     """
 
@@ -200,21 +202,25 @@ class SemiSupervisedBatches:
         self,
         labelled: ViewBatches | CachedViewBatches,
         labels: Tensor,
-        unlabelled: ViewBatches | CachedViewBatches,
+        unlabelled: ViewBatches | CachedViewBatches | None,
         reversal_at: Callable[[int], float],
     ) -> None:
         self.labelled, self.labels, self.unlabelled = labelled, labels, unlabelled
         self.reversal_at = reversal_at
+        self.images = labelled.images + (unlabelled.images if unlabelled else 0)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.labelled)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This rank's labelled views (B, 3, S, S) at `step`, their labels (B,) or (B, C),
-        unlabelled views (U, 3, S, S), and the gradient reversal's strength for each of these."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """This rank's labelled views (B, 3, S, S) at `step` and their labels (B,) or (B, C); and
+        unless they are left out, unlabelled views (U, 3, S, S) and the gradient reversal's strength
+        for each of these."""
         (view,) = self.labelled.batch(step)
         labels = self.labels[self.labelled.batches.chosen(step).to(self.labels.device)]
+        if self.unlabelled is None:
+            return view, labels
         (other,) = self.unlabelled.batch(step)
         strength = torch.full((len(other),), self.reversal_at(step), device=other.device)
         return view, labels, other, strength

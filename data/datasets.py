@@ -101,6 +101,7 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
             raise UserError(f"--data_dir={args.data_dir}: no image is left for the role {role}")
 
     trained = roles["train"][: args.limit_train]
+    known = roles["labelled"][: args.limit_train] if semi else None
     on_disk = args.cached_views and isinstance(images, RowStore)  # each is looked at once
 
     def hold_some(rows: Tensor, place: torch.device) -> Images:
@@ -108,8 +109,7 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
 
     train, labelled = hold_some(trained, device), None
     if semi:
-        rows = roles["labelled"]
-        labelled = hold(images, rows, device), split.listing.labels[rows].to(device)
+        labelled = hold_some(known, device), split.listing.labels[known].to(device)
     if "query" not in wanted:
         return DataSet(split, used, train, labelled, None, None, len(faults))
     sides = []

@@ -151,8 +151,8 @@ def semi_supervised(
 def held_out(roles: Roles, labels: Tensor, seed: int | None) -> Roles:
     """A tenth of the training images as queries instead, and out of the database (`--validate`).
 
-    Images without a label are not drawn. Where no other is trained on without labels, a tenth of
-    the labelled ones are the queries.
+    In a split that has the role `labelled`, images without a label are not drawn; where no others
+    are trained on without labels, a tenth of the labelled ones are the queries.
 
     Args:
         roles: of the split.
@@ -161,9 +161,10 @@ def held_out(roles: Roles, labels: Tensor, seed: int | None) -> Roles:
     Raises:
         UserError: if there are less than two such images.
     """
-    pool = _known(roles, "train", labels)
-    if len(pool) < 2:
-        pool = _known(roles, "labelled", labels)
+    pool = roles["train"]
+    if "labelled" in roles:
+        pool = _known(pool, labels)
+        pool = pool if len(pool) > 1 else _known(roles["labelled"], labels)
     if len(pool) < 2:
         raise UserError(f"--validate: wants 2 training images or more, and there are {len(pool)}")
     order = pool if seed is None else pool[shuffled(len(pool), seed)]
@@ -175,9 +176,8 @@ def held_out(roles: Roles, labels: Tensor, seed: int | None) -> Roles:
     return _ascending(**found)
 
 
-def _known(roles: Roles, role: str, labels: Tensor) -> Tensor:
-    """Rows of a role that have a label."""
-    rows = roles.get(role, torch.empty(0, dtype=torch.int64))
+def _known(rows: Tensor, labels: Tensor) -> Tensor:
+    """Those that have a label."""
     return rows if labels.dim() == 1 else rows[labels[rows].any(dim=1)]
 
 

@@ -100,7 +100,8 @@ def with_labels(split: Split, labels_per_class: int | None, seed: int) -> Split:
     Args:
         split: what its roles are without that.
         labels_per_class: labelled images of each class (default: all that there are).
-        seed: of which ones, where the split does not say it (GPQ's takes the first of each class).
+        seed: of which ones, where the split has neither a seed nor the role `labelled`, of which
+            the first of each class are taken.
     Raises:
         UserError: if there are no labels, or too few images.
     """
@@ -110,11 +111,11 @@ def with_labels(split: Split, labels_per_class: int | None, seed: int) -> Split:
             "needed here; allowed are --protocol=class-folders, where the images lie in a folder "
             "for each class, and --dataset=lists"
         )
-    drawn = labels_per_class is not None and "labelled" not in split.roles
-    roles = semi_supervised(
-        split.roles, split.listing.labels, labels_per_class, seed if drawn else None
-    )
-    return replace(split, roles=roles, seed=seed if drawn else split.seed)
+    drawn = None
+    if labels_per_class is not None and "labelled" not in split.roles:
+        drawn = seed if split.seed is None else split.seed
+    roles = semi_supervised(split.roles, split.listing.labels, labels_per_class, drawn)
+    return replace(split, roles=roles, seed=split.seed if drawn is None else drawn)
 
 
 def _protocol(args: Namespace) -> str:

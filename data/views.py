@@ -52,11 +52,12 @@ def labelled_and_unlabelled(
     """A view of each image of a labelled batch, its labels, and an unlabelled batch's views; new
     ones at each step, or with --cached_views kept ones, as `kept_views` has them.
 
-    Of fewer labelled images than --batch_size all are in every batch, as far as they can be shared
-    out evenly.
+    Of fewer images than --batch_size all are in every batch. With --entropy_weight=0 unlabelled
+    ones are left out.
 
     Raises:
-        UserError: if there are too few images, or features cannot be kept on disk.
+        UserError: if there are too few images, they cannot be shared out evenly, or features cannot
+            be kept on disk.
     """
     device = next(model.parameters()).device
     images, labels = labelled
@@ -64,15 +65,16 @@ def labelled_and_unlabelled(
     augment = CropFlip(args.input_size, [value / 255 for value in MEAN]).to(device)
     sides = []
     # a seed of its own for each side
-    for rows, seed, what in (
-        (images, args.seed, "labelled images"),
-        (unlabelled, args.seed + 2**31, "unlabelled images"),
-    ):
-        size = min(args.batch_size, len(rows) // parts * parts)
-        if size < 2 * parts:
+    asked = [(images, args.seed, "labelled images")]
+    if args.entropy_weight:
+        asked.append((unlabelled, args.seed + 2**31, "unlabelled images"))
+    for rows, seed, what in asked:
+        size = min(args.batch_size, len(rows))
+        if size < 2 * parts or size % parts:
             raise UserError(
-                f"--accumulate={args.accumulate}: {len(rows)} {what} cannot be shared out over "
-                f"{parts} parts of at least 2"
+                f"--batch_size={args.batch_size}: {size} {what} in a batch cannot be shared out "
+                f"evenly over --accumulate={args.accumulate} times {ranks.world_size} processes, "
+                "at least 2 to each; take fewer of these, or another --batch_size"
             )
         if args.cached_views and not args.eval_only:
             key = [args.cached_views, "crop and flip", args.input_size, args.seed]
@@ -88,6 +90,7 @@ def labelled_and_unlabelled(
     def reversal_at(step: int) -> float:
         return args.reversal_weight * min(1.0, (step + 1) / max(1, ramp))
 
+    sides = [*sides, None][:2]
     return SemiSupervisedBatches(sides[0], labels.to(device), sides[1], reversal_at)
 
 

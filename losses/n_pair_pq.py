@@ -27,8 +27,8 @@ def n_pair_pq_loss(x: Tensor, z: Tensor, labels: Tensor, reg: float = 0.002) -> 
         Scalar, in nats.
     Raises:
         ValueError: if the shapes do not fit.
-    Source: GPQ, equations 3 and 4; Sohn 2016. Departures: none; of images without labels the paper
-        says nothing.
+    Source: GPQ, equations 3 and 4; Sohn 2016. Departures: none here, but z is intra-normalised,
+        which the released code's is not; images without labels are this project's reading.
     """
     if x.dim() != 2 or x.shape != z.shape:
         raise ValueError(f"x and z must be (B, D) alike; got {tuple(x.shape)}, {tuple(z.shape)}")

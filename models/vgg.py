@@ -19,7 +19,7 @@ class CifarVGG(nn.Module):
     Args:
         width: channels of the first stage; 64 is the published network.
     Source: GPQ, section 4.1 and its released network. Departures: `width`; convolutions have no
-        bias, which batch norm would take away again.
+        bias, which batch norm would take away again; batch norm's epsilon is torch's.
     """
 
     def __init__(self, width: int = 64) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# GPQ on CIFAR-10 at 48 bits without the subspace entropy: no unlabelled image is looked at. Resumes if
-# interrupted; further flags go to main_GPQ.py.
+# GPQ on CIFAR-10 at 48 bits without the subspace entropy: no unlabelled image is looked at.
+# Resumes if interrupted; further flags go to main_GPQ.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 exec "$PYTHON" main_GPQ.py --if_download --N_books=12 --entropy_weight=0 \

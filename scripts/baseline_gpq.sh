@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What GPQ is held against: the same network trained on the same 5,000 labels by the classification
-# loss alone, and its descriptors quantized afterwards by FAISS, at 48 bits. Resumes if interrupted;
-# further flags go to main_GPQ.py.
+# What GPQ is held against: the same network trained on the same 5,000 labels by the
+# classification loss alone, and its descriptors quantized afterwards by FAISS, at 48 bits.
+# Resumes if interrupted; further flags go to main_GPQ.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 run=runs/GPQ_supervised_cifar10_48bits

@@ -60,6 +60,7 @@ FEATURES = ("pixels", "descriptors", "unit", "pooled", "pooled_unit")
 UNIT = ("unit", "pooled_unit")  # where cosine is L2
 OWN = ("spq", "gpq")  # the networks' own codes
 NAMES = (*OWN, *METHODS)
+SIGNS = ("lsh", "sh", "itq")  # a bit each
 BITS = (12, 16, 24, 32, 48, 64)
 USUAL_BITS = [16, 32, 64]
 TOP_N = 1000
@@ -285,6 +286,9 @@ def plan(args: argparse.Namespace, runs: dict[int, Trained]) -> list[dict]:
                 own = runs[bits].method.lower() if bits in runs else None
                 if method in OWN and (features != "descriptors" or method != own):
                     continue
+                if method in SIGNS and bits % 8:
+                    print(f"left out: {method} at {bits} bits, whose codes are whole bytes")
+                    continue
                 if method == "cosine" and features in UNIT:  # is L2 there
                     continue
                 whole = method in ("exact", "cosine") and features == "pixels"  # no bits in it
@@ -331,7 +335,7 @@ def measure(
     return {
         **job,
         "name": quantizer.name,
-        "code_bits": 8 * quantizer.code_size,
+        "code_bits": quantizer.code_bits,
         "dimensions": space.db.shape[1],
         "distance": quantizer.distance,
         **figures,

@@ -64,7 +64,9 @@ def read_run(folder: Path) -> tuple[dict, list[Point]]:
     minutes, last, points = 0.0, 0, {}
     for entry in entries:
         if entry["kind"] == "train":
-            minutes += (entry["step"] - last) * args["batch_size"] / entry["images_per_s"] / 60
+            # older logs do not tell how long a step took
+            step_s = entry.get("step_s", args["batch_size"] / entry["images_per_s"])
+            minutes += (entry["step"] - last) * step_s / 60
             last = entry["step"]
         elif entry["kind"] == "eval":
             point = points.setdefault(entry["step"], Point(entry["epoch"], minutes, {}))

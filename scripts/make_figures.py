@@ -35,7 +35,7 @@ from utils.analysis import (
 )
 from utils.cli import run_main
 from utils.errors import UserError
-from utils.evaluation import L2_DISTANCES, RetrievalEvaluation
+from utils.evaluation import RetrievalEvaluation, headline_first
 from utils.figures import DISTANCE_NAMES, learning_curve, retrieval_grid
 from utils.flags import HelpFormatter, Parser, number
 from utils.logging import METRICS, read_metrics
@@ -78,9 +78,7 @@ class Scene:
         flags = Namespace(**vars(self.flags) | told)
         is_gpq = self.trained.method == "GPQ"
         data = load_dataset(flags, torch.device("cpu"), semi=is_gpq)
-        distances = [self.headline]
-        if not is_gpq:
-            distances = sorted(L2_DISTANCES, key=lambda distance: distance != self.headline)
+        distances = [self.headline] if is_gpq else headline_first(self.headline)
         return RetrievalEvaluation(
             data.query, data.db, self.trained.input_size, self.args.Top_N, distances
         )
@@ -97,7 +95,7 @@ class Scene:
 
     @cached_property
     def metrics(self) -> list[dict]:
-        """Of both distances, the headline first."""
+        """Of each distance, the headline first."""
         (x, codes), (_, labels), (_, db_labels) = (
             self.encoded,
             self.evaluation.query,
@@ -148,7 +146,7 @@ def make_learning_curve(scene: Scene, paths: list[Path]) -> dict | None:
 
 
 def make_precision_recall(scene: Scene, paths: list[Path]) -> dict:
-    """Both distances over the whole ranking."""
+    """Each distance over the whole ranking."""
     curves = {
         f"{DISTANCE_NAMES[m['distance']]}, mAP@all {m['mAP@all']:.3f}": m["pr_curve"]
         for m in scene.metrics
@@ -161,7 +159,7 @@ def make_precision_recall(scene: Scene, paths: list[Path]) -> dict:
 
 
 def make_precision_at_n(scene: Scene, paths: list[Path]) -> dict:
-    """Both distances down to the top N."""
+    """Each distance down to the top N."""
     found = {}
     for m in scene.metrics:
         curve = m["pr_curve"]

@@ -480,3 +480,20 @@ def test_flags_that_a_run_did_not_know_have_the_defaults_of_its_method(method):
     assert flags_of_run(method, old).beta1 == {"SPQ": 0.9, "GPQ": 0.5}[method]
     with pytest.raises(KeyError):
         flags_of_run("PQ", {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beta1=0.9", "--optimizer=sgd"], "--beta1: does nothing with --optimizer=sgd"),
+        (["--reversal_weight=2", "--entropy_weight=0"], "--reversal_weight: does nothing with"),
+        (["--reversal_warmup_epochs=2", "--reversal_weight=0"], "nothing with --reversal_weight=0"),
+        (["--reversal_warmup_epochs=9", "--epochs=6"], "must be at most --epochs=6"),
+        (["--Top_N=some"], "at least 1, or all"),
+        (["--stem=imagenet"], "--stem=imagenet: cifar_vgg has no such; allowed is cifar"),
+    ],
+)
+def test_flags_of_gpq_that_would_do_nothing_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(PARSERS["GPQ"](), flags)
+    assert message in capsys.readouterr().err

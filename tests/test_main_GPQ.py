@@ -82,7 +82,16 @@ def losses(folder):
 def test_a_run_leaves_its_log_checkpoint_split_and_pictures(finished_gpq):
     train, evals = log_of(finished_gpq, "train"), log_of(finished_gpq, "eval")
     assert [e["step"] for e in train] == list(range(1, STEPS + 1))
-    assert set(train[0]) == {"kind", "epoch", "step", "loss", *TERMS, "lr", "images_per_s"}
+    assert set(train[0]) == {
+        "kind",
+        "epoch",
+        "step",
+        "loss",
+        *TERMS,
+        "lr",
+        "images_per_s",
+        "step_s",
+    }
     for entry in train:
         # a sum of three float32 terms of about 1, taken there in float32 and here in float64
         assert entry["loss"] == pytest.approx(sum(entry[name] for name in TERMS), abs=1e-6)
@@ -136,7 +145,7 @@ def test_a_resumed_run_ends_bit_equal(finished_gpq, small_set, tmp_path):
     run_gpq(small_set, tmp_path, f"--resume={tmp_path / LAST}", "--eval_epoch=3", ONE_QUERY)
     assert_same_weights(finished_gpq, tmp_path)
     want, got = log_of(finished_gpq, "train"), log_of(tmp_path, "train")
-    speed = {"images_per_s": None}
+    speed = {"images_per_s": None, "step_s": None}
     assert [e | speed for e in got] == [e | speed for e in want]
     assert [e["step"] for e in log_of(tmp_path, "eval")] == [4, 9, 11, STEPS]
 
@@ -176,10 +185,10 @@ def test_eval_only_gives_the_logged_figure_and_touches_nothing(finished_gpq, sma
 
 
 def test_eval_only_takes_labels_classes_and_alpha_from_the_checkpoint(small_set, tmp_path, capsys):
-    model = ["--labels_per_class=2", "--num_cls=12", "--soft_quantization_scale=3"]
+    model = ["--labels_per_class=2", "--soft_quantization_scale=3"]
     run_gpq(small_set, tmp_path, *model, "--max_steps=2", ONE_QUERY)
     logged = log_of(tmp_path, "eval")[-1]["mAP@all"]
-    assert weights(tmp_path)["quantizer.prototypes"].shape == (12, 12)
+    assert weights(tmp_path)["quantizer.prototypes"].shape == (10, 12)
     capsys.readouterr()
     flags = ["--eval_only", "--resume=auto", "--device=cpu", ONE_QUERY]
     flags += [f"--data_dir={small_set}", f"--output_dir={tmp_path}"]
@@ -193,7 +202,7 @@ def test_eval_only_takes_labels_classes_and_alpha_from_the_checkpoint(small_set,
     # the ten images of the third label a class are without labels now
     assert "334 train, 20 labelled, 6 query, 324 database" in out
     assert "another split" not in out
-    told = {"labels_per_class=2", "n_classes=12", "soft_quantization_scale=3.0"}
+    told = {"labels_per_class=2", "n_classes=10", "soft_quantization_scale=3.0"}
     assert told <= set(out.split())
     # which is not for nothing: the codebooks depend on alpha, and the split on the labels
     assert evaluated("--soft_quantization_scale=20") != logged
@@ -259,12 +268,12 @@ def test_each_loss_can_be_left_away(without, finished_gpq, small_set, tmp_path):
 
 def test_without_entropy_no_unlabelled_image_has_an_influence(finished_gpq, small_set, tmp_path):
     for name, flags in (
-        ("20", ["--entropy_weight=0", "--limit_train=20", "--max_steps=2"]),
+        ("30", ["--entropy_weight=0", "--limit_train=30", "--max_steps=2"]),
         ("40", ["--entropy_weight=0", "--limit_train=40", "--max_steps=2"]),
-        ("with", ["--limit_train=20", "--max_steps=1"]),
+        ("with", ["--limit_train=30", "--max_steps=1"]),
     ):
         run_gpq(small_set, tmp_path / name, *flags, ONE_QUERY)
-    assert_same_weights(tmp_path / "20", tmp_path / "40")
+    assert_same_weights(tmp_path / "30", tmp_path / "40")
     # which are not the same images
     first = [log_of(f, "train")[0]["entropy"] for f in (tmp_path / "with", finished_gpq)]
     assert first[0] != first[1]
@@ -273,7 +282,7 @@ def test_without_entropy_no_unlabelled_image_has_an_influence(finished_gpq, smal
         found = weights(folder).items()
         return {int(value) for key, value in found if key.endswith("num_batches_tracked")}
 
-    assert passed(tmp_path / "20") == {2}
+    assert passed(tmp_path / "30") == {2}
     assert passed(finished_gpq) == {2 * STEPS}
 
 
@@ -424,11 +433,11 @@ def test_lists_with_several_labels_train_and_evaluate(tmp_path, capsys):
     assert again["mAP@all"] == log_of(tmp_path / "few", "eval")[-1]["mAP@all"]
 
 
-def test_more_prototypes_than_labels_train_on_lists_too(tmp_path):
+def test_there_is_a_prototype_for_each_label_whatever_num_cls_allows(tmp_path):
     make_nuswide(tmp_path / "set", 140)
     flags = ["--dataset=nuswide", "--input_size=16", "--num_cls=25", "--max_steps=1", ONE_QUERY]
     run_gpq(tmp_path / "set", tmp_path / "run", *flags)
-    assert weights(tmp_path / "run")["quantizer.prototypes"].shape == (25, 12)
+    assert weights(tmp_path / "run")["quantizer.prototypes"].shape == (21, 12)
 
 
 def test_class_folders_are_labels_of_which_some_are_seen(tmp_path, capsys):
@@ -449,7 +458,7 @@ def test_class_folders_are_labels_of_which_some_are_seen(tmp_path, capsys):
 def test_images_without_labels_are_refused_with_a_way_out(tmp_path):
     images = make_images(tmp_path / "images", [f"{c}/{i}.png" for c in "ab" for i in range(12)])
     flags = ["--dataset=folder", "--input_size=16"]
-    way_out = r"has no labels, .* takes --protocol=class-folders"
+    way_out = r"has no labels, .* allowed are --protocol=class-folders"
     with pytest.raises(UserError, match=way_out):
         run_gpq(images, tmp_path / "run", *flags, "--protocol=all")
     made = tmp_path / "my.split"

@@ -52,7 +52,7 @@ def assert_same_weights(one, two):
 def test_a_run_leaves_its_log_checkpoint_and_pictures(finished):
     train, evals = log_of(finished, "train"), log_of(finished, "eval")
     assert [e["step"] for e in train] == list(range(1, STEPS + 1))
-    assert set(train[0]) == {"kind", "epoch", "step", "loss", "lr", "images_per_s"}
+    assert set(train[0]) == {"kind", "epoch", "step", "loss", "lr", "images_per_s", "step_s"}
     assert [(e["epoch"], e["step"], e["distance"]) for e in evals] == [
         (1, STEPS // 2, "squared_l2"),
         (1, STEPS // 2, "l2"),

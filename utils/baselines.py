@@ -1,10 +1,10 @@
 """Quantizers of given features: what a quantizer learned with its features is held against.
 
 Each is fitted on the database's features alone, without queries and without labels. A fitted one
-has a `name`, the `distance` it ranks by, `code_size` (bytes of one stored item), `encode(x)`
-((N, D) float32 -> (N, code_size) uint8) and `ranked(query, codes, k)`, which yields slices of the
-queries with their k nearest items as `utils.retrieval.ranked` does, items of equal distance in
-order of their index.
+has a `name`, the `distance` it ranks by, `code_size` (bytes of one stored item), `code_bits` (of
+its code), `encode(x)` ((N, D) float32 -> (N, code_size) uint8) and `ranked(query, codes, k)`,
+which yields slices of the queries with their k nearest items as `utils.retrieval.ranked` does,
+items of equal distance in order of their index.
 
 That order is what makes a result repeatable. With 16 bits there are 17 Hamming distances for
 50,000 items: thousands tie, and an index that keeps whichever it meets first would cut the top
@@ -79,7 +79,7 @@ class Hashing:
 
     def __init__(self, name: str, bits: int, project: Transform) -> None:
         self.name, self.bits, self.project = name, bits, project
-        self.code_size = bits // 8
+        self.code_size, self.code_bits = bits // 8, bits
 
     def encode(self, x: np.ndarray) -> np.ndarray:
         return pack_codes((self.project(x) > 0).astype(np.uint8), 2)
@@ -113,6 +113,7 @@ class Product:
         self.quantizer = faiss.ProductQuantizer(M * d, M, CODEWORD_BITS)
         if self.quantizer.ksub != K:
             raise ValueError(f"codebooks must have {self.quantizer.ksub} words, got {K}")
+        self.code_bits = M * CODEWORD_BITS
         faiss.copy_array_to_vector(self.codebooks.numpy().ravel(), self.quantizer.centroids)
         self.code_size = self.quantizer.code_size
 
@@ -137,7 +138,7 @@ class Residual:
 
     def __init__(self, name: str, transform: Transform, quantizer: faiss.ResidualQuantizer) -> None:
         self.name, self.transform, self.quantizer = name, transform, quantizer
-        self.code_size = quantizer.code_size
+        self.code_size, self.code_bits = quantizer.code_size, quantizer.M * CODEWORD_BITS
 
     def encode(self, x: np.ndarray) -> np.ndarray:
         return self.quantizer.compute_codes(self.transform(x))
@@ -158,7 +159,7 @@ class Uncompressed:
     def __init__(self, name: str, D: int, unit: bool = False) -> None:
         self.name, self.unit = name, unit
         self.distance = "cosine" if unit else "L2"
-        self.code_size = 4 * D
+        self.code_size, self.code_bits = 4 * D, 32 * D
 
     def _scaled(self, x: np.ndarray) -> np.ndarray:
         return unit_length(x) if self.unit else np.ascontiguousarray(x, dtype=np.float32)

@@ -17,6 +17,11 @@ EVAL_BATCH, EVAL_PIXELS, LEAST_BATCH = 500, 500 * 32 * 32, 50
 L2_DISTANCES = ("squared_l2", "l2")
 
 
+def headline_first(distance: str) -> list[str]:
+    """L2_DISTANCES, that one first."""
+    return sorted(L2_DISTANCES, key=lambda other: other != distance)
+
+
 class Rows(Protocol):
     """Images (N, 3, H, W) uint8 or features (N, F), by rows: a tensor, or rows on disk."""
 

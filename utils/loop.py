@@ -55,6 +55,8 @@ Views = tuple[Tensor, ...]
 class Batches(Protocol):
     """Where a Trainer's images come from, `data.batches.ViewBatches` for one."""
 
+    images: int  # that all ranks together look at in a step
+
     def __len__(self) -> int:
         """Batches in an epoch."""
 
@@ -72,7 +74,7 @@ class Trainer:
         model: on the device. Its state_dict is what checkpoints hold.
         embed: (model, views) -> tensors with a row for each image of the batch.
         loss_of: those tensors, of the whole batch -> scalar loss, or its terms by name, which are
-            added up and logged.
+            added up and logged as they are, weights included.
         batches: source of the views.
         evaluate: model -> list of metric dicts, the headline first; None where there is nothing to
             evaluate with.
@@ -192,7 +194,7 @@ class Trainer:
         self.scaler.scale(losses[0]).backward()
         grads = [None if leaf.grad is None else leaf.grad.chunk(n) for leaf in leaves]
         for i, part in enumerate(parts):
-            last = i + 1 == n  # gradients of the ranks are averaged once
+            last = i + 1 == len(parts)  # gradients of the ranks are averaged once
             with nullcontext() if last or self.wrapped is self.model else self.wrapped.no_sync():
                 embedded = zip(self._embed_part(part), grads, strict=True)
                 pairs = [(x, grad[i]) for x, grad in embedded if grad is not None]
@@ -294,12 +296,15 @@ class Trainer:
                 saves = due or asked or self.step % self.args.checkpoint_every == 0
                 if reads or saves:
                     losses = self.read_losses()
-                    passed = time.perf_counter() - clock
-                    speed = (self.step - clock_step) * self.args.batch_size / max(1e-9, passed)
+                    passed = max(1e-9, time.perf_counter() - clock)
+                    step_s = passed / max(1, self.step - clock_step)
+                    speed = (self.step - clock_step) * self.batches.images / passed
                     clock_step = self.step
                     lr = self.lr_at(self.step - 1)
                     entry = {"kind": "train", "epoch": self.step / epoch_steps, "step": self.step}
-                    self.log.write(entry | losses | {"lr": lr, "images_per_s": speed})
+                    self.log.write(
+                        entry | losses | {"lr": lr, "images_per_s": speed, "step_s": step_s}
+                    )
                     self._show(bar, epoch, losses["loss"], lr, speed)
                 if asked >= OVER and not done:
                     self._stop(asked >> SIGNAL_SHIFT)

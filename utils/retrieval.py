@@ -106,7 +106,7 @@ def search(
         db_codes: (N, M) integers in [0, K).
         codebooks: (M, K, d).
         k: neighbours wanted; with fewer items in the database, all of them are returned.
-        distance: "squared_l2" or "l2", see `lookup_tables`.
+        distance: see `lookup_tables`.
     Returns:
         dist (Q, min(k, N)) float32 ascending and index (Q, min(k, N)) int64. Items of equal
         distance come in order of their index.

@@ -45,7 +45,7 @@ def precision_recall(curves: Mapping[str, Mapping], chance: float, path: Paths) 
     axis.set_ylabel("precision")
     axis.set_xlim(0, 1.02)
     axis.set_ylim(0, _ceiling(curves))
-    axis.legend(loc="upper right")
+    axis.legend(loc="best")
     save(figure, path)
 
 

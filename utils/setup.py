@@ -116,7 +116,7 @@ class Run:
             raise UserError(
                 f"--data_dir={args.data_dir}: its split is {used_sha256[:16]}, and the run "
                 f"that --resume={args.resume} goes on with began with {saved[:16]}; give back the "
-                "flags, images and lists it had, or begin another run"
+                "flags (--labels_per_class, too), images and lists it had, or begin another run"
             )
         if self.ranks.is_main:
             without = f", without {left_out} images that cannot be read" if left_out else ""

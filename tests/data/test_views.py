@@ -41,6 +41,7 @@ def flags(cache, **changes):
         "reversal_weight": 1.0,
         "reversal_warmup_epochs": 0.0,
     }
+    known |= {"entropy_weight": 0.1}
     return Namespace(**(known | changes))
 
 
@@ -291,14 +292,15 @@ def test_the_two_sides_are_shuffled_and_cut_independently(seed):
 
 @pytest.mark.parametrize(
     ("n", "accumulate", "processes", "size"),
-    [(7, 1, 1, 7), (7, 2, 1, 6), (9, 2, 2, 8), (12, 1, 1, 12), (13, 1, 1, 12), (4, 2, 1, 4)],
+    [(7, 1, 1, 7), (8, 2, 1, 8), (8, 2, 2, 8), (12, 1, 1, 12), (13, 1, 1, 12), (4, 2, 1, 4)],
 )
-def test_all_labelled_images_that_can_be_shared_out_are_in_every_batch(
+def test_of_fewer_labelled_images_than_a_batch_all_are_in_every_batch(
     n, accumulate, processes, size
 ):
     settings = {"accumulate": accumulate, "batch_size": 12}
     parts = [two_sides(n, ranks=Ranks(rank, processes), **settings) for rank in range(processes)]
     assert len(parts[0]) == 1
+    assert parts[0].images == size + 12
     for step in range(4):
         shares = [part.batch(step) for part in parts]
         for view, labels, other, strength in shares:
@@ -309,20 +311,31 @@ def test_all_labelled_images_that_can_be_shared_out_are_in_every_batch(
 
 
 def test_fewer_unlabelled_images_than_a_batch():
-    batches = two_sides(23, 7, accumulate=2)
+    batches = two_sides(23, 6, accumulate=2)
     view, labels, other, strength = batches.batch(1)
     assert (len(view), len(labels), len(other), len(strength)) == (10, 10, 6, 6)
     assert len(numbers(other).unique()) == 6
 
 
-def test_too_few_images_for_the_parts_of_a_batch_are_told():
-    for n, u, few in ((7, 57, "7 labelled"), (23, 5, "5 unlabelled")):
-        message = f"--accumulate=4: {few} images cannot be shared out over 4 parts of at least 2"
+def test_what_cannot_be_shared_out_evenly_is_told():
+    """Else the number of parts would decide which images a batch has."""
+    for n, u, few in ((7, 57, "7 labelled"), (23, 5, "5 unlabelled"), (4, 57, "4 labelled")):
+        message = f"--batch_size=16: {few} images in a batch .* --accumulate=4 times 1 proc"
         with pytest.raises(UserError, match=message):
             two_sides(n, u, accumulate=4, batch_size=16)
-    with pytest.raises(UserError, match=r"--accumulate=2: 7 labelled images .* over 4 parts"):
+    with pytest.raises(UserError, match=r"7 labelled images .* --accumulate=2 times 2 processes"):
         two_sides(7, accumulate=2, ranks=Ranks(0, 2))
     assert len(two_sides(8, 8, accumulate=4, batch_size=16).batch(0)[0]) == 8
+
+
+def test_without_the_entropy_nothing_unlabelled_is_looked_at():
+    with_it, without = two_sides(), two_sides(entropy_weight=0)
+    assert without.unlabelled is None
+    assert (with_it.images, without.images) == (20, 10)
+    for step in range(3):
+        view, labels = without.batch(step)
+        assert torch.equal(view, with_it.batch(step)[0])
+        assert torch.equal(labels, with_it.batch(step)[1])
 
 
 @pytest.mark.parametrize(

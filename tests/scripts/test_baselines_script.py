@@ -266,10 +266,10 @@ def test_gpq_is_scored_as_its_own_evaluation_scores_it(call, gpq12, watched, cap
     assert f"| descriptors | GPQ | asymmetric L2 | {figure} |" in capsys.readouterr().out
 
 
-def test_a_run_of_gpq_is_measured_alone(call, gpq12, run16):
+def test_a_run_of_gpq_is_measured_alone(call, gpq12, run16, capsys):
     with pytest.raises(UserError, match="RUN_DIR: one of them is of GPQ; name that one alone"):
         call("--features=descriptors", runs=(run16, gpq12))
     with pytest.raises(UserError, match="--features: the pixels of this run's images"):
         call(runs=(gpq12,))
-    with pytest.raises(UserError, match="--methods: bits must be a multiple of 8, got 12; leave"):
-        call("--features=descriptors", "--methods=lsh", runs=(gpq12,))
+    call("--features=descriptors", "--methods=lsh,cosine", runs=(gpq12,))
+    assert "left out: lsh at 12 bits, whose codes are whole bytes" in capsys.readouterr().out

@@ -252,7 +252,9 @@ def test_what_cannot_be_fitted_is_named():
     with pytest.raises(ValueError, match="unknown method 'kmeans'; known: exact"):
         fit("kmeans", space, 16, 0)
     with pytest.raises(ValueError, match="multiple of 8, got 12"):
-        fit("pq", space, 12, 0)
+        fit("lsh", space, 12, 0)
+    with pytest.raises(ValueError, match="multiple of 4, got 10"):
+        fit("pq", space, 10, 0)
     with pytest.raises(ValueError, match="itq needs a dimension for each of 16 bits, there are 12"):
         fit("itq", space, 16, 0)
     with pytest.raises(ValueError, match="12 dimensions cannot be cut into 8 slices"):
