@@ -178,7 +178,7 @@ def held_out(roles: Roles, labels: Tensor, seed: int | None) -> Roles:
 
 def _known(rows: Tensor, labels: Tensor) -> Tensor:
     """Those that have a label."""
-    return rows if labels.dim() == 1 else rows[labels[rows].any(dim=1)]
+    return rows if labels.dim() == 1 else rows[(labels[rows] > 0).any(dim=1)]
 
 
 def _ascending(**roles: Tensor) -> Roles:
