@@ -28,6 +28,7 @@ from data.lists import Listing, read_images_and_targets, read_label_list, read_m
 from data.manifest import Roles, Split, read_split, write_split
 from data.protocols import at_random, gpq, per_class, semi_supervised
 from utils.errors import UserError
+from utils.flags import number
 
 # --protocol, the paper's first
 PROTOCOLS = {
@@ -408,11 +409,16 @@ def _parse_args(argv: Sequence[str] | None) -> Namespace:
     make.add_argument("--protocol", help=PROTOCOL_HELP)
     make.add_argument(
         "--labels_per_class",
-        type=_positive,
+        type=number(int, 1),
         metavar="N",
         help="for GPQ: the labels of so many images of each class are seen",
     )
-    make.add_argument("--split_seed", type=_seed, default=0, help="of what is drawn at random")
+    make.add_argument(
+        "--split_seed",
+        type=number(int, 0, high=2**31 - 1),
+        default=0,
+        help="of what is drawn at random",
+    )
     make.add_argument("--output", type=Path, required=True, metavar="FILE", help="to write")
     make.set_defaults(split=None)
     check.add_argument("file", type=Path, metavar="SPLIT")
@@ -428,20 +434,6 @@ def _parse_args(argv: Sequence[str] | None) -> Namespace:
             f"--protocol={args.protocol}: {args.dataset} has {', '.join(PROTOCOLS[args.dataset])}"
         )
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{value}: allowed is 0 to {2**31 - 1}")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPQ at 48 bits on the features of a network trained with ImageNet's labels, EfficientNet-Lite0,
-# frozen: CIFAR-10's images at 96 pixels and one view of each go through it once (20 minutes on 2
-# CPU cores), after which 3,000 steps take minutes. Resumes if interrupted; further flags go to
+# frozen: CIFAR-10's images at 96 pixels and one view of each go through it once (a quarter of
+# an hour on 2 CPU cores), after which 3,000 steps take minutes. Resumes if interrupted; further flags go to
 # main_GPQ.py, for example --labels_per_class=50 --epochs=3000.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
