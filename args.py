@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.augment import AUGMENTATIONS
+from data.augment import AUGMENTATIONS, CROP_FLIP
 from data.images import MAX_PIXELS
 from data.splits import DATASETS, PROTOCOL_HELP, PROTOCOLS, TOP_N, UNLABELLED
 from models import QUANTIZERS
@@ -54,7 +54,7 @@ def spq_parser() -> Parser:
     add_data_flags(parser)
     add_model_flags(parser, "4, 8, 16 give the paper's 16, 32, 64")
     add_spq_flags(parser)
-    add_augmentation_flags(parser)
+    add_augmentation_flags(parser, sorted(AUGMENTATIONS))
     add_training_flags(parser, SPQ_SCHEDULES)
     add_evaluation_flags(parser)
     add_run_flags(parser)
@@ -73,6 +73,7 @@ def gpq_parser() -> Parser:
     add_data_flags(parser)
     add_model_flags(parser, "3, 6, 8, 12 give the paper's 12, 24, 32, 48")
     add_gpq_flags(parser)
+    add_augmentation_flags(parser, [CROP_FLIP, *sorted(AUGMENTATIONS)])
     add_training_flags(parser, GPQ_SCHEDULES)
     add_evaluation_flags(parser)
     add_run_flags(parser)
@@ -81,6 +82,7 @@ def gpq_parser() -> Parser:
         N_books=12,
         L_word=12,
         soft_quantization_scale=20.0,
+        augmentation=CROP_FLIP,
         batch_size=500,
         epochs=300,
         lr=2e-4,
@@ -92,9 +94,6 @@ def gpq_parser() -> Parser:
         recipe="paper",
         quantizer="prototype",
         distance="inner_product",
-        crop_size=None,
-        early_crop_size=None,
-        early_share=0.0,
     )
     return parser
 
@@ -458,16 +457,21 @@ def add_gpq_flags(parser: Parser) -> None:
     )
 
 
-def add_augmentation_flags(parser: Parser) -> None:
-    """How the two views of an image are made."""
+def add_augmentation_flags(parser: Parser, choices: Sequence[str]) -> None:
+    """How views of an image are made."""
     group = parser.add_argument_group("augmentation")
     flag = group.add_argument
     flag(
         "--augmentation",
-        choices=sorted(AUGMENTATIONS),
+        choices=choices,
         default="kornia",
-        help="what makes the views; batched: the same transforms in a few large operations, "
-        "kornia's to within rounding and faster",
+        help="what makes the views; kornia: SimCLR's; batched: the same transforms in a few large "
+        "operations, kornia's to within rounding and faster"
+        + (
+            "; crop-flip: padded, cropped back to the image's size and mirrored, as released"
+            if CROP_FLIP in choices
+            else ""
+        ),
     )
     flag(
         "--crop_size",
@@ -809,6 +813,13 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         if args.given & {"early_crop_size", "early_share"}:
             parser.error("--early_crop_size: kept views have one size; leave --cached_views away")
         args.early_share = 0.0
+    if args.augmentation == CROP_FLIP:
+        unused = args.given & {"crop_size", "early_crop_size", "crop_min_area", "jitter_strength"}
+        if unused:
+            parser.error(
+                f"--{min(unused)}: does nothing with --augmentation={CROP_FLIP}, whose views have "
+                "the image's size and colours; allowed with batched and kornia"
+            )
     if "early_crop_size" in args.given and not args.early_share:
         parser.error("--early_crop_size: does nothing without --early_share, 0.5 for one")
     if "early_share" in args.given and args.early_share and args.early_crop_size is None:

@@ -281,4 +281,5 @@ class CropFlip(nn.Module):
             return (self.transforms(centred) + self.colour).clamp_(0, 1)
 
 
-AUGMENTATIONS = {"kornia": SimCLRAugment, "batched": BatchedAugment}
+AUGMENTATIONS = {"kornia": SimCLRAugment, "batched": BatchedAugment}  # SimCLR's
+CROP_FLIP = "crop-flip"  # GPQ's, `CropFlip`

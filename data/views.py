@@ -2,12 +2,12 @@
 with and without labels."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from data.augment import AUGMENTATIONS, CropFlip
+from data.augment import AUGMENTATIONS, CROP_FLIP, CropFlip
 from data.batches import (
     CachedViewBatches,
     DeviceBatches,
@@ -29,13 +29,10 @@ def random_views(
 ) -> ViewBatches:
     """Two views of each image of a batch, new ones at each step."""
     batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
-    early_steps = round(args.early_share * args.epochs * len(batches))
-    early, late = (
-        augmentation(args, size, device) for size in (args.early_crop_size, args.crop_size)
-    )
+    augment_at = augmentation_at(args, len(batches), device)
 
     def augments_at(step: int) -> Sequence[nn.Module]:  # one for each view
-        return 2 * [early if step < early_steps else late]
+        return 2 * [augment_at(step)]
 
     ahead = batches_ahead(device, 2 * args.batch_size, args.crop_size)
     return ViewBatches(batches, augments_at, args.seed, ahead)
@@ -62,7 +59,9 @@ def labelled_and_unlabelled(
     device = next(model.parameters()).device
     images, labels = labelled
     parts = ranks.world_size * args.accumulate
-    augment = CropFlip(args.input_size, [value / 255 for value in MEAN]).to(device)
+    # an epoch is one of the labelled images
+    epoch_steps = len(images) // min(args.batch_size, len(images))
+    augment_at = augmentation_at(args, epoch_steps, device)
     sides = []
     # a seed of its own for each side
     asked = [(images, args.seed, "labelled images")]
@@ -77,12 +76,11 @@ def labelled_and_unlabelled(
                 "at least 2 to each; take fewer of these, or another --batch_size"
             )
         if args.cached_views and not args.eval_only:
-            key = [args.cached_views, "crop and flip", args.input_size, args.seed]
-            sides.append(_kept(args, rows, augment, key, model, ranks, size, seed, what))
+            sides.append(_kept(args, rows, model, ranks, size, seed, what, views=1))
         else:
             batches = DeviceBatches(rows, size, seed, ranks, device)
-            ahead = batches_ahead(device, size, args.input_size)
-            sides.append(ViewBatches(batches, lambda step: [augment], seed, ahead))
+            ahead = batches_ahead(device, size, args.crop_size)
+            sides.append(ViewBatches(batches, lambda step: [augment_at(step)], seed, ahead))
     if args.cached_views and evaluate is not None and not args.eval_only:
         _keep_evaluation(args, evaluate, model, ranks)
     ramp = round(args.reversal_warmup_epochs * len(sides[0]))
@@ -96,8 +94,21 @@ def labelled_and_unlabelled(
 
 def augmentation(args: Namespace, size: int, device: torch.device) -> nn.Module:
     """--augmentation, of crops of `size` pixels."""
+    if args.augmentation == CROP_FLIP:
+        return CropFlip(size, [value / 255 for value in MEAN]).to(device)
     make = AUGMENTATIONS[args.augmentation]
     return make(size, args.crop_min_area, args.jitter_strength).to(device)
+
+
+def augmentation_at(
+    args: Namespace, epoch_steps: int, device: torch.device
+) -> Callable[[int], nn.Module]:
+    """The augmentation at a step: crops of --early_crop_size in the first --early_share."""
+    early_steps = round(args.early_share * args.epochs * epoch_steps)
+    early, late = (
+        augmentation(args, size, device) for size in (args.early_crop_size, args.crop_size)
+    )
+    return lambda step: early if step < early_steps else late
 
 
 def kept_views(
@@ -114,12 +125,7 @@ def kept_views(
     Raises:
         UserError: if the features cannot be kept on disk.
     """
-    augment = augmentation(args, args.crop_size, next(model.parameters()).device)
-    key = [args.cached_views, args.augmentation, args.crop_size, args.crop_min_area]
-    key += [args.jitter_strength, args.seed]
-    batches = _kept(
-        args, images, augment, key, model, ranks, args.batch_size, args.seed, "images", views=2
-    )
+    batches = _kept(args, images, model, ranks, args.batch_size, args.seed, "images", views=2)
     if evaluate is not None:
         _keep_evaluation(args, evaluate, model, ranks)
     return batches
@@ -128,17 +134,20 @@ def kept_views(
 def _kept(
     args: Namespace,
     images: Images,
-    augment: nn.Module,
-    key: list,
     model: QuantizationNetwork,
     ranks: Ranks,
     batch_size: int,
     seed: int,
     what: str,
-    views: int = 1,
+    views: int,
 ) -> CachedViewBatches:
-    """Batches of features of the images themselves and of --cached_views views of each; `key` is
-    what decides these."""
+    """Batches of features of the images themselves and of --cached_views views of each."""
+    augment = augmentation(args, args.crop_size, next(model.parameters()).device)
+    # what decides the views
+    key: list = [args.cached_views, args.augmentation, args.crop_size]
+    if args.augmentation != CROP_FLIP:
+        key += [args.crop_min_area, args.jitter_strength]
+    key.append(args.seed)
     model.eval()
     augments = args.cached_views * [augment]
     rows = kept_features(args, model.trunk, images, augments, key, f"views of {what}")

@@ -354,16 +354,16 @@ def test_gpq_s_defaults_are_those_of_its_paper_and_its_code():
 
 def test_what_gpq_does_not_have_is_not_taken_from_spq(capsys):
     """They share the code that reads these; GPQ has a value for each that is never another."""
-    taken = ["--recipe=fast", "--quantizer=hard", "--distance=l2", "--crop_size=24"]
-    taken += ["--early_crop_size=16", "--early_share=0.5", "--crop_min_area=0.5", "--loss=cqc"]
-    taken += ["--contrastive_temperature=0.2", "--joint_views=True", "--augmentation=batched"]
-    assert parse(*taken).crop_size == 24  # all of them
+    taken = ["--recipe=fast", "--quantizer=hard", "--distance=l2", "--loss=cqc"]
+    taken += ["--contrastive_temperature=0.2", "--joint_views=True"]
+    assert parse(*taken).quantizer == "hard"  # all of them
     for flag in taken:
         assert flag in refused(capsys, flag, method="GPQ")
     args = parse("--input_size=64", method="GPQ")
     assert (args.recipe, args.quantizer, args.distance) == ("paper", "prototype", "inner_product")
     assert (args.crop_size, args.early_crop_size, args.early_share) == (64, 64, 0.0)
     # and the other way round
+    assert "crop-flip" in refused(capsys, "--augmentation=crop-flip")
     for name in ("labels_per_class", "classification_scale", "entropy_weight", "reversal_weight"):
         assert f"--{name}=2" in refused(capsys, f"--{name}=2")
 
@@ -373,6 +373,21 @@ def test_gpq_s_defaults_leave_spq_s_alone():
     parse("--N_books=3", method="GPQ")
     assert vars(parse()) == before
     assert (parse().beta1, parse().lr_schedule, parse().Top_N) == (0.9, "cosine", 1000)
+
+
+def test_gpq_may_have_spq_s_views(capsys):
+    args = parse("--augmentation=batched", "--crop_size=24", "--jitter_strength=0.5", method="GPQ")
+    assert (args.crop_size, args.early_crop_size, args.jitter_strength) == (24, 24, 0.5)
+    assert parse(method="GPQ").augmentation == "crop-flip"
+    # which GPQ's own would not heed
+    for flag in ("--crop_size=24", "--crop_min_area=0.5", "--jitter_strength=2"):
+        message = refused(capsys, flag, method="GPQ")
+        assert flag.split("=")[0] in message
+        assert "--augmentation=crop-flip" in message
+        parse(flag, "--augmentation=kornia", method="GPQ")
+    sizes = ["--early_crop_size=16", "--early_share=0.5"]
+    assert "--early_crop_size" in refused(capsys, *sizes, method="GPQ")
+    assert parse(*sizes, "--augmentation=batched", method="GPQ").early_crop_size == 16
 
 
 def test_each_method_has_its_own_released_schedule(capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.augment import BatchedAugment, SimCLRAugment
+from data.augment import BatchedAugment, CropFlip, SimCLRAugment
 from data.store import RowStore
 from data.views import augmentation, kept_views, labelled_and_unlabelled, random_views
 from models import GPQ, PrototypeQuantizer, build_spq
@@ -69,6 +69,7 @@ def model():
 def test_the_augmentation_is_that_of_the_flags():
     for name, kind in (("kornia", SimCLRAugment), ("batched", BatchedAugment)):
         assert isinstance(augmentation(flags(None, augmentation=name), 9, CPU), kind)
+    assert isinstance(augmentation(gpq_flags(None), 32, CPU), CropFlip)
     found = augmentation(flags(None, crop_min_area=0.5, jitter_strength=0.25), 9, CPU)
     assert (found.crop_size, found.min_area, found.strength) == (9, 0.5, 0.25)
 
@@ -201,6 +202,11 @@ class Middle(nn.Module):
         return self.scale * torch.stack(values, dim=1)
 
 
+def gpq_flags(cache, **changes):
+    known = {"augmentation": "crop-flip", "input_size": 32, "crop_size": 32, "early_crop_size": 32}
+    return flags(cache, **(known | {"early_share": 0.0} | changes))
+
+
 def small_gpq():
     net = GPQ(Middle(), PrototypeQuantizer(2, 4, 3, classes=5)).eval()
     net.freeze_trunk()
@@ -227,7 +233,7 @@ def two_sides(
     """Labelled images 0 to n - 1, of label 100 - number, and others from 100 on; with a folder for
     the cache kept views."""
     net = net or small_gpq()
-    args = flags(cache, **({"input_size": 32, "cached_views": V if cache else 0} | changes))
+    args = gpq_flags(cache, **({"cached_views": V if cache else 0} | changes))
     labels = 100 - torch.arange(n) if labels is None else labels
     sides = (plain_images(n, side=side), labels), plain_images(u, 100, side)
     return labelled_and_unlabelled(args, *sides, evaluate, net, ranks or Ranks())
@@ -265,7 +271,7 @@ def test_labels_of_several_kinds_at_once():
 @pytest.mark.parametrize("seed", [0, 2, 2**31 - 1])
 def test_the_two_sides_are_shuffled_and_cut_independently(seed):
     images, net = plain_images(40), small_gpq()
-    args = flags(None, input_size=32, seed=seed, cached_views=0)
+    args = gpq_flags(None, seed=seed, cached_views=0)
 
     def sides_of(images):
         both = (images, torch.arange(40)), images
@@ -378,6 +384,28 @@ def test_images_of_another_size_are_resized():
     assert torch.equal(labels, 100 - numbers(view))
 
 
+def test_both_sides_have_the_augmentation_of_the_flags():
+    """Two steps an epoch, two epochs: small crops in the first of four steps."""
+    changes = {"early_crop_size": 16, "crop_size": 24, "early_share": 0.25, "jitter_strength": 0.0}
+    for name in ("batched", "kornia"):
+        batches = two_sides(augmentation=name, **changes)
+        for step, side in enumerate((16, 24, 24, 24)):
+            view, labels, other, _ = batches.batch(step)
+            assert view.shape == other.shape == (10, 3, side, side)
+            # an image is of one gray value, which neither crop, flip, gray nor blur changes
+            assert torch.equal(labels, 100 - numbers(view))
+            assert (numbers(other) >= 100).all()
+    halves = torch.cat([plain_images(40)[..., :16], plain_images(40, 100)[..., 16:]], dim=3)
+    args = gpq_flags(None, augmentation="batched", cached_views=0, crop_min_area=0.01, **changes)
+    batches = labelled_and_unlabelled(
+        args, (halves, torch.arange(40)), halves, None, small_gpq(), Ranks()
+    )
+    for view in batches.batch(1)[::2]:
+        bright = (255 * view[:, 0] > 70).float().mean(dim=(1, 2))
+        # crops of a part of the image; GPQ's own shift it by an eighth at most
+        assert (bright - 0.5).abs().max() > 0.3
+
+
 @pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2)])
 def test_kept_views_of_labelled_images_come_with_their_labels(tmp_path, ranks):
     net = small_gpq()
@@ -404,7 +432,7 @@ def test_kept_views_of_labelled_images_come_with_their_labels(tmp_path, ranks):
 def test_kept_views_of_both_sides_are_chosen_independently(tmp_path):
     images = plain_images(40, 50)
     net = small_gpq()
-    args = flags(tmp_path, input_size=32)
+    args = gpq_flags(tmp_path)
     both = (images, torch.arange(40)), images
     batches = labelled_and_unlabelled(args, *both, None, net, Ranks())
     assert not torch.equal(numbers(batches.batch(0)[0]), numbers(batches.batch(0)[2]))
