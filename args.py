@@ -26,6 +26,8 @@ SPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "staircase")
 GPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "released")
 FIGURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg")
 GPQ_WEIGHTS = ("n_pair_weight", "entropy_weight", "classification_weight")
+# of views that kornia or batched makes
+SIMCLR_FLAGS = {"crop_size", "early_crop_size", "early_share", "crop_min_area", "jitter_strength"}
 _UNSET = object()
 
 
@@ -50,7 +52,11 @@ def spq_parser() -> Parser:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    add_recipe_flag(parser)
+    add_recipe_flag(
+        parser,
+        "paper: as the paper is written; released: as the released code ran; fast: for short "
+        "trainings, provisional",
+    )
     add_data_flags(parser)
     add_model_flags(parser, "4, 8, 16 give the paper's 16, 32, 64")
     add_spq_flags(parser)
@@ -69,6 +75,11 @@ def gpq_parser() -> Parser:
         "evaluate, resume.",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+    )
+    add_recipe_flag(
+        parser,
+        "paper: as the paper and its code have it, for a network that starts from published "
+        "weights; fast: for one that starts from nothing",
     )
     add_data_flags(parser)
     add_model_flags(parser, "3, 6, 8, 12 give the paper's 12, 24, 32, 48")
@@ -90,8 +101,7 @@ def gpq_parser() -> Parser:
         weight_decay=0.0,
         lr_schedule="staircase",
         eval_epoch=50,
-        # what has no flag here: one recipe, one quantizer, and what only SPQ has
-        recipe="paper",
+        # what has no flag here
         quantizer="prototype",
         distance="inner_product",
     )
@@ -117,18 +127,19 @@ def add_cifar10_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_recipe_flag(parser: Parser) -> None:
-    """Named sets of defaults."""
+def add_recipe_flag(parser: Parser, meaning: str) -> None:
+    """Named sets of defaults; `meaning` says what they are for."""
+    recipes = RECIPES[_method(parser)]
     sets = "; ".join(
         f"{name}: {' '.join(f'--{flag}={value}' for flag, value in flags.items())}"
-        for name, flags in RECIPES.items()
+        for name, flags in recipes.items()
+        if flags
     )
     parser.add_argument(
         "--recipe",
-        choices=sorted(RECIPES),
+        choices=sorted(recipes),
         default="paper",
-        help="a named set of defaults, which any flag beside it overrides; paper: as the paper is "
-        "written; released: as the released code ran; fast: for short trainings, provisional. "
+        help=f"a named set of defaults, which any flag beside it overrides; {meaning}. "
         f"Where they differ from the defaults below: {sets}",
     )
 
@@ -768,7 +779,8 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     """
     words = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(words)
-    args = parser.parse_args(words, argparse.Namespace(**RECIPES[args.recipe]))
+    recipe = RECIPES[_method(parser)][args.recipe]
+    args = parser.parse_args(words, argparse.Namespace(**recipe))
     unset = argparse.Namespace(**dict.fromkeys(vars(args), _UNSET))
     said = vars(parser.parse_args(words, unset)).items()
     args.given = frozenset(name for name, value in said if value is not _UNSET)
@@ -814,12 +826,15 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
             parser.error("--early_crop_size: kept views have one size; leave --cached_views away")
         args.early_share = 0.0
     if args.augmentation == CROP_FLIP:
-        unused = args.given & {"crop_size", "early_crop_size", "crop_min_area", "jitter_strength"}
+        unused = args.given & SIMCLR_FLAGS
         if unused:
             parser.error(
                 f"--{min(unused)}: does nothing with --augmentation={CROP_FLIP}, whose views have "
                 "the image's size and colours; allowed with batched and kornia"
             )
+        recipe = {}  # its crops are of the views that it names
+        args.crop_size = args.early_crop_size = None
+        args.early_share = 0.0
     if "early_crop_size" in args.given and not args.early_share:
         parser.error("--early_crop_size: does nothing without --early_share, 0.5 for one")
     if "early_share" in args.given and args.early_share and args.early_crop_size is None:
@@ -831,8 +846,8 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
             f"--warmup_epochs={args.warmup_epochs:g}: must be at most --epochs={args.epochs}"
         )
     for name in ("crop_size", "early_crop_size"):
-        if name in RECIPES[args.recipe] and name not in args.given:
-            grown = RECIPES[args.recipe][name] * args.input_size / RECIPE_INPUT_SIZE
+        if name in recipe and name not in args.given:
+            grown = recipe[name] * args.input_size / RECIPE_INPUT_SIZE
             setattr(args, name, max(8, round(grown)))
     if args.crop_size is None:
         args.crop_size = args.input_size

@@ -7,7 +7,7 @@ import pytest
 
 from args import PARSERS, code_bits, flags_of_run, parse_args
 from utils.logging import plain
-from utils.recipes import RECIPES
+from utils.recipes import RECIPES, SPQ_RECIPES
 
 both = pytest.mark.parametrize("method", ["SPQ", "GPQ"])
 
@@ -225,7 +225,7 @@ def test_recipes_are_defaults_that_flags_override():
     plain, released = parse(), parse("--recipe=released")
     assert vars(parse("--recipe=paper")) == vars(plain) | {"given": {"recipe"}}
     assert plain.recipe == "paper"
-    names = {"recipe", "given"} | RECIPES["released"].keys()
+    names = {"recipe", "given"} | SPQ_RECIPES["released"].keys()
     same = [name for name in vars(plain) if name not in names]
     assert [getattr(released, n) for n in same] == [getattr(plain, n) for n in same]
     # the released code's own ways, slips included
@@ -244,20 +244,25 @@ def test_recipes_are_defaults_that_flags_override():
     assert parse().loss == "cqc-paper"  # a recipe does not linger
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_flag_of_a_recipe_exists_and_takes_its_value(name):
-    explicit = [f"--{flag}={value}" for flag, value in RECIPES[name].items()]
-    written, named = vars(parse(*explicit)), vars(parse(f"--recipe={name}"))
-    assert {k: written[k] for k in RECIPES[name]} == RECIPES[name]
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method, recipes in RECIPES.items() for name in recipes]
+)
+def test_every_flag_of_a_recipe_exists_and_takes_its_value(method, name):
+    recipe = RECIPES[method][name]
+    explicit = [f"--{flag}={value}" for flag, value in recipe.items()]
+    written = vars(parse(*explicit, method=method))
+    named = vars(parse(f"--recipe={name}", method=method))
+    assert {k: written[k] for k in recipe} == recipe
     changed = {k for k in named if written[k] != named[k]}
     assert changed <= {"recipe", "given"}
 
 
-def test_recipes_are_printed_in_the_help(capsys):
+@pytest.mark.parametrize("method", RECIPES)
+def test_recipes_are_printed_in_the_help(method, capsys):
     with pytest.raises(SystemExit):
-        parse("--help")
+        parse("--help", method=method)
     page = " ".join(capsys.readouterr().out.split())
-    for name, flags in RECIPES.items():
+    for name, flags in RECIPES[method].items():
         assert name in page
         for flag, value in flags.items():
             assert f"--{flag}={value}" in page
@@ -354,11 +359,11 @@ def test_gpq_s_defaults_are_those_of_its_paper_and_its_code():
 
 def test_what_gpq_does_not_have_is_not_taken_from_spq(capsys):
     """They share the code that reads these; GPQ has a value for each that is never another."""
-    taken = ["--recipe=fast", "--quantizer=hard", "--distance=l2", "--loss=cqc"]
+    taken = ["--recipe=released", "--quantizer=hard", "--distance=l2", "--loss=cqc"]
     taken += ["--contrastive_temperature=0.2", "--joint_views=True"]
     assert parse(*taken).quantizer == "hard"  # all of them
     for flag in taken:
-        assert flag in refused(capsys, flag, method="GPQ")
+        assert flag.split("=")[0] in refused(capsys, flag, method="GPQ")
     args = parse("--input_size=64", method="GPQ")
     assert (args.recipe, args.quantizer, args.distance) == ("paper", "prototype", "inner_product")
     assert (args.crop_size, args.early_crop_size, args.early_share) == (64, 64, 0.0)
@@ -380,14 +385,23 @@ def test_gpq_may_have_spq_s_views(capsys):
     assert (args.crop_size, args.early_crop_size, args.jitter_strength) == (24, 24, 0.5)
     assert parse(method="GPQ").augmentation == "crop-flip"
     # which GPQ's own would not heed
-    for flag in ("--crop_size=24", "--crop_min_area=0.5", "--jitter_strength=2"):
+    for flag in ("--crop_size=24", "--crop_min_area=0.5", "--jitter_strength=2", "--early_share=1"):
         message = refused(capsys, flag, method="GPQ")
         assert flag.split("=")[0] in message
         assert "--augmentation=crop-flip" in message
-        parse(flag, "--augmentation=kornia", method="GPQ")
+        parse(
+            flag, "--early_crop_size=16", "--early_share=1", "--augmentation=kornia", method="GPQ"
+        )
     sizes = ["--early_crop_size=16", "--early_share=0.5"]
     assert "--early_crop_size" in refused(capsys, *sizes, method="GPQ")
     assert parse(*sizes, "--augmentation=batched", method="GPQ").early_crop_size == 16
+
+
+def test_crops_of_gpq_s_fast_recipe_belong_to_its_views():
+    args = parse("--recipe=fast", "--input_size=64", method="GPQ")
+    assert (args.augmentation, args.crop_size, args.early_crop_size) == ("batched", 48, 48)
+    args = parse("--recipe=fast", "--augmentation=crop-flip", method="GPQ")
+    assert (args.crop_size, args.early_crop_size, args.optimizer) == (32, 32, "muon")
 
 
 def test_each_method_has_its_own_released_schedule(capsys):

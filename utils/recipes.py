@@ -1,7 +1,7 @@
 """Named sets of defaults for --recipe."""
 
 # Every flag that a recipe does not name has the default of args.py.
-RECIPES: dict[str, dict] = {
+SPQ_RECIPES: dict[str, dict] = {
     # the equations and settings of the paper: these are the defaults
     "paper": {},
     # what the released code does, its slips included (see README, Departures)
@@ -30,4 +30,22 @@ RECIPES: dict[str, dict] = {
     },
 }
 
+GPQ_RECIPES: dict[str, dict] = {
+    # the paper's equations, and the settings of the released code: these are the defaults
+    "paper": {},
+    # for networks that start from nothing: views that a few labelled images do not run out of
+    # (results/README.md)
+    "fast": {
+        "optimizer": "muon",
+        "lr": 2e-3,
+        "lr_schedule": "cosine",
+        "warmup_epochs": 2.0,
+        "augmentation": "batched",
+        "crop_min_area": 0.25,
+        "jitter_strength": 0.5,
+        "crop_size": 24,
+    },
+}
+
+RECIPES = {"SPQ": SPQ_RECIPES, "GPQ": GPQ_RECIPES}
 RECIPE_INPUT_SIZE = 32  # that the crops of a recipe are for
