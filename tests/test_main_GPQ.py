@@ -26,7 +26,7 @@ from utils.checkpoint import LAST, load_checkpoint
 from utils.errors import UserError
 from utils.retrieval import lookup_tables
 from utils.search.index import open_index
-from utils.trained import build_from_flags, load_trained
+from utils.trained import build_from_flags, load_trained, save_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 18  # of the six epochs of FAST_GPQ
@@ -182,6 +182,33 @@ def test_eval_only_gives_the_logged_figure_and_touches_nothing(finished_gpq, sma
     want = log_of(finished_gpq, "eval")[-1]
     assert {name: got[name] for name in want} == want
     assert {p.name: p.read_bytes() for p in finished_gpq.iterdir() if p.is_file()} == before
+
+
+def test_weights_alone_are_evaluated_as_the_checkpoint_that_they_are_of(
+    finished_gpq, small_set, tmp_path, capsys
+):
+    want = log_of(finished_gpq, "eval")[-1]["mAP@all"]
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "whole" / "model.pt"
+    save_trained(file, load_trained(finished_gpq))
+    content = file.read_bytes()
+    for i, part in enumerate((content[:5000], content[5000:])):
+        (tmp_path / "parts" / f"model.pt.part0{i}").write_bytes(part)
+    for given in (file, file.parent, tmp_path / "parts"):
+        output = tmp_path / "evaluated"
+        flags = ["--eval_only", "--device=cpu", f"--data_dir={small_set}"]
+        main_GPQ.main([*flags, f"--output_dir={output}", f"--resume={given}"])
+        (got,) = json.loads((output / "eval_only.json").read_text())
+        assert (got["mAP@all"], got["step"], got["epoch"]) == (want, None, None)
+        printed = capsys.readouterr().out
+        assert f"Result of the weights: mAP@all = {want:.4f}" in printed
+        assert "weights of a step that is not told" in printed
+        assert not {path.name for path in output.iterdir()} & {LAST, "metrics.jsonl"}
+    with pytest.raises(UserError, match=r"which cannot be gone on with; .*--eval_only.*--weights"):
+        run_gpq(small_set, tmp_path / "other", f"--resume={file}")
+    with pytest.raises(UserError, match=r"checkpoint_last\.pt: no such file"):
+        run_gpq(small_set, tmp_path / "other", f"--resume={file.parent}")
 
 
 def test_eval_only_takes_labels_classes_and_alpha_from_the_checkpoint(small_set, tmp_path, capsys):

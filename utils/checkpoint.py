@@ -5,14 +5,16 @@ import io
 import os
 import zipfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from utils.errors import UserError
 
-LAST = "checkpoint_last.pt"
+LAST, WEIGHTS = "checkpoint_last.pt", "model.pt"
 FORMAT = "product-quantization-checkpoint"
+MODEL = "product-quantization-model"  # weights alone, without the state of the training
 VERSION = 1
 KEYS = {
     "format",
@@ -71,15 +73,29 @@ def put_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
+def load_checkpoint(path: Path, flag: str = "--resume", weights_alone: bool = False) -> dict:
     """Read a checkpoint onto the CPU, with weights_only=True: a file cannot run code.
 
+    Args:
+        path: the file.
+        flag: for messages.
+        weights_alone: whether a file without the state of the training will do; its "step" is then
+            None, and so are "optimizer", "scaler" and "last_eval".
     Returns:
         What `save_checkpoint` was given, and "path".
     Raises:
         UserError: if there is no such file, or it is no checkpoint of this project.
     """
     state = read_torch(path, flag)
+    if isinstance(state, dict) and state.get("format") == MODEL:
+        if not weights_alone:
+            raise UserError(
+                f"{flag}={path}: holds weights without the state of a training, which cannot be "
+                "gone on with; evaluate them by --eval_only, or start another training from their "
+                f"trunk by --weights={path}"
+            )
+        unknown = dict.fromkeys(KEYS - {"method", "args", "model"})
+        state = unknown | state | {"format": FORMAT}
     if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= KEYS:
         raise UserError(
             f"{flag}={path}: is a torch file but not a checkpoint of this project; "
@@ -89,7 +105,8 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict:
         raise UserError(
             f"{flag}={path}: has checkpoint version {state['version']}; this code reads {VERSION}"
         )
-    if not isinstance(state["args"], dict) or not isinstance(state["step"], int):
+    steps = (int, type(None)) if weights_alone else int
+    if not isinstance(state["args"], dict) or not isinstance(state["step"], steps):
         raise UserError(f"{flag}={path}: is a damaged checkpoint: no arguments or no step in it")
     return state | {"path": str(path)}
 
@@ -131,12 +148,25 @@ def find_parts(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.part[0-9][0-9]"))
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
+def file_of_run(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of these files that a run's folder holds, whole or in parts.
+
+    Raises:
+        OSError: if it cannot be looked at.
+    """
+    known = (folder / name for name in names)
+    return next((path for path in known if path.is_file() or find_parts(path)), None)
+
+
+def find_checkpoint(resume: str, output_dir: Path, weights_alone: bool = False) -> Path | None:
     """The checkpoint that `--resume` means.
 
     Args:
         resume: a file, a folder that holds `checkpoint_last.pt`, or "auto": the
             `checkpoint_last.pt` in `output_dir`, or else the newest other `.pt` file there.
+        output_dir: of the run.
+        weights_alone: whether a folder's `model.pt` will do where there is no
+            `checkpoint_last.pt`.
     Returns:
         Its path; None if "auto" finds none, which means a fresh start.
     Raises:
@@ -145,7 +175,10 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     try:
         if resume != "auto":
             path = Path(resume)
-            return path / LAST if path.is_dir() else path
+            if not path.is_dir():
+                return path
+            found = file_of_run(path, (LAST, WEIGHTS)) if weights_alone else None
+            return found or path / LAST
         if (output_dir / LAST).exists():
             return output_dir / LAST
         found = list(output_dir.glob("*.pt")) if output_dir.is_dir() else []

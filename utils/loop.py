@@ -106,6 +106,7 @@ class Trainer:
         )
         self.total_steps = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
         self.step = 0
+        self.step_is_known = True  # not of weights that come without the state of their training
         self.last_eval: dict | None = None  # headline metrics, with the step they belong to
         self.evaluated = 0  # step of the last evaluation in the log
         if checkpoint is not None:
@@ -354,6 +355,8 @@ class Trainer:
                 found = self.evaluate_model(self.model)
             epoch = self.step / len(self.batches)
             place = {"kind": "eval", "epoch": epoch, "step": self.step}
+            if not self.step_is_known:
+                place |= {"epoch": None, "step": None}
             metrics = [place | entry for entry in found]
             for i, entry in enumerate(metrics):
                 entry["headline"] = i == 0
@@ -411,7 +414,8 @@ class Trainer:
             check_same(saved, args, FIXED_ON_RESUME, why, path)
         try:
             self.model.load_state_dict(checkpoint["model"])
-            self.step, self.last_eval = checkpoint["step"], checkpoint["last_eval"]
+            self.step_is_known = checkpoint["step"] is not None
+            self.step, self.last_eval = checkpoint["step"] or 0, checkpoint["last_eval"]
             before = self.last_eval["step"] if self.last_eval else 0
             self.evaluated = checkpoint.get("evaluated", before)  # older ones do not have it
             if args.eval_only:
@@ -466,8 +470,11 @@ def _summary(metrics: list[dict], top_n: int | str) -> str:
     lines = []
     for entry in metrics:
         whole = "" if top_n == "all" else f", mAP@all {entry['mAP@all']:.4f}"
+        place = "weights"
+        if entry["step"] is not None:
+            place = f"epoch {entry['epoch']:g}, step {entry['step']}"
         lines.append(
-            f"[epoch {entry['epoch']:g}, step {entry['step']}] {entry['code_bits']:g} bits, "
+            f"[{place}] {entry['code_bits']:g} bits, "
             f"{entry['distance']}: mAP@{top_n} {entry[f'mAP@{top_n}']:.4f} "
             f"({ap_definition(top_n)}){whole}, {entry['queries']} queries"
         )

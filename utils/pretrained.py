@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from models import QuantizationNetwork
 from models.trunks import LITE0, load_weights
 from utils.checkpoint import FORMAT as CHECKPOINT
+from utils.checkpoint import MODEL
 from utils.errors import UserError
 from utils.setup import Run
-from utils.trained import MODEL, build_from_flags
+from utils.trained import build_from_flags
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys that others save weights under
 

@@ -63,8 +63,12 @@ def report(
         _draw_retrieval(trainer, grid, class_names, title)
     if grid.exists():
         places.append(("retrieved images", grid))
-    full = trainer.step == args.epochs * len(trainer.batches)
-    when = "of the last epoch" if full else f"at step {trainer.step}, epoch {head['epoch']:.3g}"
+    if not trainer.step_is_known:
+        when = "of the weights"
+    elif trainer.step == args.epochs * len(trainer.batches):
+        when = "of the last epoch"
+    else:
+        when = f"at step {trainer.step}, epoch {head['epoch']:.3g}"
     print(
         f"\nResult {when}: {name} = {head[name]:.4f} at {head['code_bits']:g} bits "
         f"({head['distance']}, {ap_definition(args.Top_N)}, "

@@ -190,7 +190,8 @@ def start_run(method: str, args: Namespace) -> Run:
 def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
     """The checkpoint to go on from, if any; refuses to lose a run that is in the way."""
     output_dir = args.output_dir
-    path = find_checkpoint(args.resume, output_dir) if args.resume else None
+    alone = args.eval_only  # which needs no more than weights
+    path = find_checkpoint(args.resume, output_dir, alone) if args.resume else None
     ranks.barrier()  # nobody writes before all have looked
     _check_output(args, path)
     if path is None:
@@ -201,7 +202,7 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
         if args.resume and ranks.is_main:
             print(f"--resume=auto: no checkpoint in {output_dir} yet, starting from the beginning")
         return None
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, weights_alone=alone)
     saved = OLDER | checkpoint["args"]
     protocol = "all" if saved["dataset"] == "folder" else "spq"
     checkpoint["args"] = {"protocol": protocol} | saved
@@ -223,7 +224,9 @@ def _say_what_changed(args: Namespace, checkpoint: dict, ranks: Ranks) -> None:
     ]
     note = f", with changed {', '.join(changed)}" if changed and not args.eval_only else ""
     verb = "Evaluating" if args.eval_only else "Going on from"
-    print(f"{verb} {checkpoint['path']}, step {checkpoint['step']}{note}")
+    step = checkpoint["step"]
+    where = "weights of a step that is not told" if step is None else f"step {step}"
+    print(f"{verb} {checkpoint['path']}, {where}{note}")
 
 
 def _check_output(args: Namespace, resumed: Path | None) -> None:

@@ -11,10 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 from models import GPQ, SPQ, QuantizationNetwork, build_gpq, build_spq
 from utils.checkpoint import FORMAT as CHECKPOINT
-from utils.checkpoint import LAST, VERSION, find_parts, read_torch, write_torch
+from utils.checkpoint import LAST, MODEL, VERSION, WEIGHTS, file_of_run, read_torch, write_torch
 from utils.errors import UserError
 
-MODEL = "product-quantization-model"  # weights alone; a checkpoint has the optimizer's state too
 # what besides the weights decides which code an image gets
 SHAPE = ("arch", "width", "quantizer", "N_books", "N_words", "L_word", "input_size")
 DECISIVE = {"SPQ": SHAPE, "GPQ": (*SHAPE, "soft_quantization_scale")}  # by method
@@ -55,12 +54,10 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
     """
     try:
         if path.is_dir():
-            names = (LAST, "model.pt")
-            known = (path / name for name in names)
-            found = [file for file in known if file.is_file() or find_parts(file)]
-            if not found:
-                raise UserError(f"{flag}={path}: holds neither {' nor '.join(names)}")
-            path = found[0]
+            found = file_of_run(path, (LAST, WEIGHTS))
+            if found is None:
+                raise UserError(f"{flag}={path}: holds neither {LAST} nor {WEIGHTS}")
+            path = found
     except OSError as error:
         raise UserError(f"{flag}={path}: cannot be read: {error}") from error
     state = read_torch(path, flag)

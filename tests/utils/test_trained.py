@@ -8,9 +8,9 @@ from small_images import ARGS, save_model
 
 from models import GPQ, build_gpq, build_spq
 from models.trunks import TimmTrunk
-from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.checkpoint import MODEL, load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.trained import MODEL, Trained, identify, load_trained, save_trained
+from utils.trained import Trained, identify, load_trained, save_trained
 
 
 def test_weights_come_back_as_they_were(tmp_path, tiny_model):
@@ -103,7 +103,7 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_a_model_file_is_no_training_to_go_on_with(tmp_path, tiny_model):
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
+    with pytest.raises(UserError, match="without the state of a training"):
         load_checkpoint(tiny_model)
     with pytest.raises(OSError, match=r"could not write|No such file"):
         save_checkpoint(tmp_path / "none" / "x.pt", {})
