@@ -235,7 +235,7 @@ def add_data_flags(parser: Parser) -> None:
         type=number(int, 8, high=1024),
         default=None,
         metavar="PIXELS",
-        help="side of the images that are encoded and, unless SPQ's --crop_size says otherwise, "
+        help="side of the images that are encoded and, unless --crop_size says otherwise, "
         "trained on (default: 32 for CIFAR, 64 for all others, the papers' sizes)",
     )
     flag(
@@ -479,7 +479,8 @@ def add_augmentation_flags(parser: Parser, choices: Sequence[str]) -> None:
         help="what makes the views; kornia: SimCLR's; batched: the same transforms in a few large "
         "operations, kornia's to within rounding and faster"
         + (
-            "; crop-flip: padded, cropped back to the image's size and mirrored, as released"
+            "; crop-flip: padded, cropped back to the image's size and mirrored, as released; the "
+            "other flags of this group are not for it"
             if CROP_FLIP in choices
             else ""
         ),
@@ -697,7 +698,8 @@ def add_evaluation_flags(parser: Parser) -> None:
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="evaluate the checkpoint that --resume names, and stop",
+        help="evaluate the checkpoint, the model.pt, or the run's folder with one of them that "
+        "--resume names, and stop",
     )
 
 
@@ -723,7 +725,8 @@ def add_run_flags(parser: Parser) -> None:
         "--resume",
         default=None,
         metavar="CHECKPOINT",
-        help="go on from a checkpoint, or `auto`: from the newest one in --output_dir, and from "
+        help="go on from a checkpoint, or a run's folder, or `auto`: from the newest checkpoint in "
+        "--output_dir, and from "
         "the start if there is none (default: a new run)",
     )
     flag(
@@ -821,19 +824,20 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         )
     if args.accumulate > 1 and args.cuda_graph:
         parser.error("--cuda_graph: holds one whole step; allowed with --accumulate=1")
-    if args.cached_views:
-        if args.given & {"early_crop_size", "early_share"}:
-            parser.error("--early_crop_size: kept views have one size; leave --cached_views away")
-        args.early_share = 0.0
     if args.augmentation == CROP_FLIP:
         unused = args.given & SIMCLR_FLAGS
+        unused -= set() if args.early_share else {"early_share"}
         if unused:
             parser.error(
                 f"--{min(unused)}: does nothing with --augmentation={CROP_FLIP}, whose views have "
                 "the image's size and colours; allowed with batched and kornia"
             )
-        recipe = {}  # its crops are of the views that it names
-        args.crop_size = args.early_crop_size = None
+        args.crop_size = args.early_crop_size = None  # a recipe's, of the views that it names
+        args.early_share = 0.0
+    if args.cached_views:
+        early = args.given & {"early_crop_size", "early_share"}
+        if early:
+            parser.error(f"--{min(early)}: kept views have one size; leave --cached_views away")
         args.early_share = 0.0
     if "early_crop_size" in args.given and not args.early_share:
         parser.error("--early_crop_size: does nothing without --early_share, 0.5 for one")
@@ -841,12 +845,15 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
         parser.error("--early_share: does nothing without --early_crop_size, 16 for one")
     if "muon_lr" in args.given and args.optimizer != "muon":
         parser.error(f"--muon_lr: does nothing with --optimizer={args.optimizer}; allowed is muon")
+    if "warmup_epochs" not in args.given:  # a recipe's, in a training that is shorter still
+        args.warmup_epochs = min(args.warmup_epochs, args.epochs)
     if args.warmup_epochs > args.epochs:
         parser.error(
             f"--warmup_epochs={args.warmup_epochs:g}: must be at most --epochs={args.epochs}"
         )
     for name in ("crop_size", "early_crop_size"):
-        if name in recipe and name not in args.given:
+        taken = name in recipe and name not in args.given and args.augmentation != CROP_FLIP
+        if taken:
             grown = recipe[name] * args.input_size / RECIPE_INPUT_SIZE
             setattr(args, name, max(8, round(grown)))
     if args.crop_size is None:

@@ -59,9 +59,11 @@ def labelled_and_unlabelled(
     device = next(model.parameters()).device
     images, labels = labelled
     parts = ranks.world_size * args.accumulate
-    # an epoch is one of the labelled images
-    epoch_steps = len(images) // min(args.batch_size, len(images))
+    # an epoch is a pass over the labelled images
+    epoch_steps = len(images) // max(1, min(args.batch_size, len(images)))
     augment_at = augmentation_at(args, epoch_steps, device)
+    # one number for both sides, so that their crops grow at the same step
+    ahead = batches_ahead(device, args.batch_size, args.crop_size)
     sides = []
     # a seed of its own for each side
     asked = [(images, args.seed, "labelled images")]
@@ -79,7 +81,6 @@ def labelled_and_unlabelled(
             sides.append(_kept(args, rows, model, ranks, size, seed, what, views=1))
         else:
             batches = DeviceBatches(rows, size, seed, ranks, device)
-            ahead = batches_ahead(device, size, args.crop_size)
             sides.append(ViewBatches(batches, lambda step: [augment_at(step)], seed, ahead))
     if args.cached_views and evaluate is not None and not args.eval_only:
         _keep_evaluation(args, evaluate, model, ranks)
@@ -144,10 +145,11 @@ def _kept(
     """Batches of features of the images themselves and of --cached_views views of each."""
     augment = augmentation(args, args.crop_size, next(model.parameters()).device)
     # what decides the views
-    key: list = [args.cached_views, args.augmentation, args.crop_size]
-    if args.augmentation != CROP_FLIP:
-        key += [args.crop_min_area, args.jitter_strength]
-    key.append(args.seed)
+    if args.augmentation == CROP_FLIP:
+        key = [args.cached_views, "crop and flip", args.input_size, args.seed]
+    else:
+        key = [args.cached_views, args.augmentation, args.crop_size, args.crop_min_area]
+        key += [args.jitter_strength, args.seed]
     model.eval()
     augments = args.cached_views * [augment]
     rows = kept_features(args, model.trunk, images, augments, key, f"views of {what}")

@@ -168,7 +168,7 @@ def test_contradictions_are_named(capsys):
         (["--image_dir=x"], "--image_dir: --dataset=cifar10 has no lists"),
         (
             ["--freeze_trunk", "--pretrained", "--cached_views=1", "--early_share=0.5"],
-            "--early_crop_size: kept views have one size",
+            "--early_share: kept views have one size",
         ),
         (["--protocol=I", "--split=x"], "--protocol: contradicts --split"),
         (
@@ -395,6 +395,17 @@ def test_gpq_may_have_spq_s_views(capsys):
     sizes = ["--early_crop_size=16", "--early_share=0.5"]
     assert "--early_crop_size" in refused(capsys, *sizes, method="GPQ")
     assert parse(*sizes, "--augmentation=batched", method="GPQ").early_crop_size == 16
+
+
+def test_a_recipe_s_warm_up_is_no_longer_than_the_training(capsys):
+    assert parse("--recipe=fast", "--epochs=1", method="GPQ").warmup_epochs == 1
+    assert parse("--recipe=fast", "--epochs=9", method="GPQ").warmup_epochs == 2
+    message = refused(capsys, "--warmup_epochs=2", "--epochs=1", method="GPQ")
+    assert "--warmup_epochs=2: must be at most --epochs=1" in message
+
+
+def test_what_would_do_nothing_to_gpq_s_own_views_may_be_said():
+    assert parse("--early_share=0", method="GPQ").early_share == 0
 
 
 def test_crops_of_gpq_s_fast_recipe_belong_to_its_views():

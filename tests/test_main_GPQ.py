@@ -207,8 +207,42 @@ def test_weights_alone_are_evaluated_as_the_checkpoint_that_they_are_of(
         assert not {path.name for path in output.iterdir()} & {LAST, "metrics.jsonl"}
     with pytest.raises(UserError, match=r"which cannot be gone on with; .*--eval_only.*--weights"):
         run_gpq(small_set, tmp_path / "other", f"--resume={file}")
-    with pytest.raises(UserError, match=r"checkpoint_last\.pt: no such file"):
-        run_gpq(small_set, tmp_path / "other", f"--resume={file.parent}")
+    for given in (file.parent, tmp_path / "parts"):
+        with pytest.raises(UserError, match=r"cannot be gone on with; .*--eval_only"):
+            run_gpq(small_set, tmp_path / "other", f"--resume={given}")
+    with pytest.raises(UserError, match=r"no such file; .* checkpoint_last\.pt or model\.pt"):
+        main_GPQ.main([*flags, f"--output_dir={output}", f"--resume={small_set}"])
+    # and of the run's own folder
+    main_GPQ.main([*flags, f"--output_dir={tmp_path / 'parts'}", "--resume=auto"])
+    assert f"Result of the weights: mAP@all = {want:.4f}" in capsys.readouterr().out
+
+
+def test_an_older_checkpoint_says_that_its_views_were_others(small_set, tmp_path, capsys):
+    run_gpq(small_set, tmp_path, "--max_steps=2", ONE_QUERY)
+    state = torch.load(tmp_path / LAST, weights_only=True)
+    for name in ("augmentation", "crop_min_area", "jitter_strength"):
+        del state["args"][name]
+    torch.save(state, tmp_path / LAST)
+    capsys.readouterr()
+    flags = ["--resume=auto", "--max_steps=3", ONE_QUERY]
+    run_gpq(small_set, tmp_path, *flags, "--augmentation=batched", "--jitter_strength=2")
+    printed = capsys.readouterr().out
+    assert "--augmentation=batched (was crop-flip)" in printed
+    assert "--jitter_strength=2.0 (was 1.0)" in printed
+    run_gpq(small_set, tmp_path, "--resume=auto", "--max_steps=4", ONE_QUERY)  # and back
+    assert "--augmentation=crop-flip (was batched)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stop", [3, 8])  # the crops grow after 9 of 18 steps
+def test_growing_crops_are_those_of_an_undisturbed_run_after_a_resume(stop, small_set, tmp_path):
+    grow = ["--recipe=fast", "--early_crop_size=16", "--early_share=0.5", ONE_QUERY]
+    for name, stops in (("whole", [STEPS]), ("parts", [stop, STEPS])):
+        for steps in stops:
+            more = [f"--max_steps={steps}", "--resume=auto"]
+            run_gpq(small_set, tmp_path / name, *grow, *more)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (log_of(tmp_path / name, "train") for name in ("whole", "parts"))
+    assert [e["loss"] for e in whole] == [e["loss"] for e in parts]
 
 
 def test_eval_only_takes_labels_classes_and_alpha_from_the_checkpoint(small_set, tmp_path, capsys):
@@ -410,6 +444,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--recipe=fast", "--accumulate=2"],
+        ["--augmentation=kornia", "--crop_size=16", "--crop_min_area=0.5"],
         ["--amp=bf16", "--optimizer=adamw", "--lr_schedule=cosine", "--warmup_epochs=0.5"],
         ["--arch=test_efficientnet", "--width=64", "--optimizer=muon"],
         ["--input_size=16", "--batch_size=64", "--limit_train=9", "--freeze_bn_epoch=0.5"],

@@ -87,7 +87,8 @@ def load_checkpoint(path: Path, flag: str = "--resume", weights_alone: bool = Fa
         UserError: if there is no such file, or it is no checkpoint of this project.
     """
     state = read_torch(path, flag)
-    if isinstance(state, dict) and state.get("format") == MODEL:
+    alone = isinstance(state, dict) and state.get("format") == MODEL
+    if alone:
         if not weights_alone:
             raise UserError(
                 f"{flag}={path}: holds weights without the state of a training, which cannot be "
@@ -105,8 +106,8 @@ def load_checkpoint(path: Path, flag: str = "--resume", weights_alone: bool = Fa
         raise UserError(
             f"{flag}={path}: has checkpoint version {state['version']}; this code reads {VERSION}"
         )
-    steps = (int, type(None)) if weights_alone else int
-    if not isinstance(state["args"], dict) or not isinstance(state["step"], steps):
+    counted = isinstance(state["step"], int) or alone
+    if not isinstance(state["args"], dict) or not counted:
         raise UserError(f"{flag}={path}: is a damaged checkpoint: no arguments or no step in it")
     return state | {"path": str(path)}
 
@@ -123,7 +124,8 @@ def read_torch(path: Path, flag: str) -> object:
         parts = [] if path.is_file() else find_parts(path)
         if not path.is_file() and not parts:
             raise UserError(
-                f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST}"
+                f"{flag}={path}: no such file; give a checkpoint, or a folder with {LAST} or "
+                f"{WEIGHTS}"
             )
         file = io.BytesIO(b"".join(part.read_bytes() for part in parts)) if parts else path
         with zipfile.ZipFile(file) as archive:
@@ -139,7 +141,7 @@ def read_torch(path: Path, flag: str) -> object:
     except Exception as error:  # torch raises whatever its reader trips over
         raise UserError(
             f"{flag}={path}: is not a checkpoint, or a damaged one ({type(error).__name__}); "
-            f"allowed is a {LAST} that a main script wrote"
+            f"allowed are a {LAST} and a {WEIGHTS} of this project"
         ) from error
 
 
@@ -158,15 +160,13 @@ def file_of_run(folder: Path, names: Sequence[str]) -> Path | None:
     return next((path for path in known if path.is_file() or find_parts(path)), None)
 
 
-def find_checkpoint(resume: str, output_dir: Path, weights_alone: bool = False) -> Path | None:
+def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `--resume` means.
 
     Args:
-        resume: a file, a folder that holds `checkpoint_last.pt`, or "auto": the
-            `checkpoint_last.pt` in `output_dir`, or else the newest other `.pt` file there.
+        resume: a file, a folder that holds `checkpoint_last.pt` or else `model.pt`, whole or in
+            parts, or "auto": such a file in `output_dir`, or else the newest other `.pt` there.
         output_dir: of the run.
-        weights_alone: whether a folder's `model.pt` will do where there is no
-            `checkpoint_last.pt`.
     Returns:
         Its path; None if "auto" finds none, which means a fresh start.
     Raises:
@@ -177,10 +177,10 @@ def find_checkpoint(resume: str, output_dir: Path, weights_alone: bool = False) 
             path = Path(resume)
             if not path.is_dir():
                 return path
-            found = file_of_run(path, (LAST, WEIGHTS)) if weights_alone else None
-            return found or path / LAST
-        if (output_dir / LAST).exists():
-            return output_dir / LAST
+            return file_of_run(path, (LAST, WEIGHTS)) or path / LAST
+        known = file_of_run(output_dir, (LAST, WEIGHTS))
+        if known is not None:
+            return known
         found = list(output_dir.glob("*.pt")) if output_dir.is_dir() else []
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
     except OSError as error:

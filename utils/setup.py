@@ -20,11 +20,14 @@ SPLIT = "split.json"  # in a run's folder: the first line of the split it used
 # flags that older checkpoints do not have
 OLDER = {"stem": "cifar", "split": None, "split_seed": 0, "image_dir": None, "dataset": "cifar10"}
 OLDER |= {"freeze_trunk": False, "cached_views": 0}
+# and GPQ's, whose views were of one kind
+OLDER_GPQ = {"augmentation": "crop-flip", "crop_min_area": 0.08, "jitter_strength": 1.0}
 # flags that give a model its shape: a checkpoint fits only if they are equal
 SHAPE_FLAGS = ["arch", "stem", "width", "N_books", "N_words", "L_word", "quantizer"]
 # flags that an evaluation takes from the checkpoint unless they are given
 MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs", "validate"]
 MODEL_FLAGS += ["freeze_trunk", "soft_quantization_scale", "n_classes"]
+MODEL_FLAGS += ["recipe", "augmentation", "optimizer"]  # to be printed
 # and which it takes unless any of them is given
 SPLIT_FLAGS = ["protocol", "split", "split_seed", "labels_per_class"]
 # flags that may differ on a resume without a word
@@ -191,7 +194,7 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
     """The checkpoint to go on from, if any; refuses to lose a run that is in the way."""
     output_dir = args.output_dir
     alone = args.eval_only  # which needs no more than weights
-    path = find_checkpoint(args.resume, output_dir, alone) if args.resume else None
+    path = find_checkpoint(args.resume, output_dir) if args.resume else None
     ranks.barrier()  # nobody writes before all have looked
     _check_output(args, path)
     if path is None:
@@ -203,7 +206,8 @@ def _find_run(method: str, args: Namespace, ranks: Ranks) -> dict | None:
             print(f"--resume=auto: no checkpoint in {output_dir} yet, starting from the beginning")
         return None
     checkpoint = load_checkpoint(path, weights_alone=alone)
-    saved = OLDER | checkpoint["args"]
+    older = OLDER | (OLDER_GPQ if checkpoint["method"] == "GPQ" else {})
+    saved = older | checkpoint["args"]
     protocol = "all" if saved["dataset"] == "folder" else "spq"
     checkpoint["args"] = {"protocol": protocol} | saved
     if checkpoint["method"] != method:

@@ -83,6 +83,7 @@ def test_gpq_s_scripts_give_the_papers_bits_and_settings(recorded, bits, M):
     assert (args.arch, args.width, args.protocol, args.Top_N) == ("cifar_vgg", 16, "gpq", "all")
     assert (args.batch_size, args.epochs, args.optimizer, args.beta1) == (500, 300, "adam", 0.5)
     assert (args.lr, args.lr_schedule, args.weight_decay) == (2e-4, "staircase", 0.0)
+    assert (args.recipe, args.augmentation) == ("paper", "crop-flip")
     assert (args.soft_quantization_scale, args.classification_scale) == (20.0, 4.0)
     assert (args.n_pair_weight, args.entropy_weight, args.classification_weight) == (1.0, 0.1, 0.1)
     assert (args.reversal_weight, args.reversal_warmup_epochs) == (1.0, 0.0)
