@@ -24,6 +24,21 @@ from utils.schedule import SCHEDULES
 LOSSES = ("cqc", "cqc-paper", "contrastive")
 SPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "staircase")
 GPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "released")
+SSP_SCHEDULES = ("cosine", "constant")
+SSP_METHODS = ("ssp", "regression", "aml", "hvs", "lce")
+# flags of main_SSP.py that only these methods heed
+METHOD_FLAGS = {
+    "anchors": ("ssp",),
+    "similarity_scale": ("ssp",),
+    "classification_scale": ("hvs", "lce"),
+    "new_margin": ("hvs", "lce"),
+    "old_margin": ("hvs", "lce"),
+    "contrastive_margin": ("aml",),
+    "tuples": ("aml",),
+    "pool": ("aml",),
+    "negatives": ("aml",),
+}
+OLD_MARGINS = {"hvs": 0.15, "lce": 0.2}
 FIGURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg")
 GPQ_WEIGHTS = ("n_pair_weight", "entropy_weight", "classification_weight")
 # of views that kornia or batched makes
@@ -108,6 +123,125 @@ def gpq_parser() -> Parser:
     return parser
 
 
+def ssp_parser() -> Parser:
+    """The parser of main_SSP.py: what it shares with the others has SSP's defaults."""
+    parser = Parser(
+        prog="main_SSP.py",
+        description="SSP, Structure Similarity Preservation (TMM 2024), and what it is compared "
+        "with: train a light query network for the features of a large gallery network, evaluate, "
+        "resume.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    add_recipe_flag(
+        parser,
+        "paper: as released, for landmarks; fast: for images of 32 pixels",
+    )
+    add_data_flags(parser)
+    add_pooling_flags(add_trunk_flags(parser, "mobilenetv2_100"))
+    add_ssp_flags(parser)
+    add_augmentation_flags(parser, [CROP_FLIP, *sorted(AUGMENTATIONS)])
+    rate = " (default: 0.001 * batch_size / 256)"
+    add_training_flags(parser, SSP_SCHEDULES, rate, " (default: half of the epochs)")
+    add_evaluation_flags(parser)
+    add_run_flags(parser)
+    parser.set_defaults(
+        augmentation=CROP_FLIP,
+        batch_size=64,
+        epochs=10,
+        optimizer="sgd",
+        lr=None,
+        warmup_epochs=None,
+        weight_decay=1e-6,
+        eval_epoch=5,
+        # what has no flag here
+        distance="query-gallery",
+        freeze_trunk=False,
+        cached_views=0,
+    )
+    return parser
+
+
+def extract_parser() -> Parser:
+    """The parser of extract_features.py."""
+    parser = Parser(
+        prog="extract_features.py",
+        description="Embed all images of a set by a gallery network, for main_SSP.py.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gallery",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the large network: checkpoint_last.pt or model.pt of SPQ or GPQ, or a run's folder",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where the features go, .safetensors",
+    )
+    add_data_flags(parser, limits=False)
+    flag = parser.add_argument
+    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use")
+    flag(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: the GPU if there is one",
+    )
+    return parser
+
+
+def anchors_parser() -> Parser:
+    """The parser of make_anchors.py."""
+    parser = Parser(
+        prog="make_anchors.py",
+        description="Anchors for main_SSP.py: the centroids of a product quantizer on gallery "
+        "features, or the codebooks of an SPQ or GPQ model.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--features",
+        type=Path,
+        metavar="FILE",
+        help="of another image set by the same gallery network, or of this one: what "
+        "extract_features.py wrote, or .npy (N, D)",
+    )
+    source.add_argument(
+        "--codebooks_of",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint_last.pt or model.pt of SPQ or GPQ, whose codebooks are the anchors",
+    )
+    flag("--output", type=Path, required=True, metavar="FILE", help="where they go, .safetensors")
+    flag("--M", type=positive_int, default=32, metavar="M", help="subspaces")
+    flag(
+        "--bits",
+        type=number(int, 1, high=16),
+        default=8,
+        metavar="N",
+        help="log2 of the anchors in each subspace",
+    )
+    flag("--iterations", type=positive_int, default=10, metavar="N", help="of k-means")
+    flag("--restarts", type=positive_int, default=2, metavar="N", help="of k-means; the best stays")
+    flag(
+        "--max_points",
+        type=positive_int,
+        default=1000,
+        metavar="N",
+        help="features a centroid that k-means looks at",
+    )
+    flag("--seed", type=number(int, 0, high=2**31 - 1), default=0, metavar="N", help="of k-means")
+    return parser
+
+
 def add_cifar10_flags(parser: argparse.ArgumentParser) -> None:
     """Where CIFAR-10 is, for scripts that know no other set."""
     flag = parser.add_argument
@@ -144,8 +278,8 @@ def add_recipe_flag(parser: Parser, meaning: str) -> None:
     )
 
 
-def add_data_flags(parser: Parser) -> None:
-    """Where the images are and how they are cropped."""
+def add_data_flags(parser: Parser, limits: bool = True) -> None:
+    """Where the images are and how they are cropped; `limits`: and which of them are used."""
     group = parser.add_argument_group("data")
     flag = group.add_argument
     flag(
@@ -238,6 +372,8 @@ def add_data_flags(parser: Parser) -> None:
         help="side of the images that are encoded and, unless --crop_size says otherwise, "
         "trained on (default: 32 for CIFAR, 64 for all others, the papers' sizes)",
     )
+    if not limits:
+        return
     flag(
         "--num_cls",
         type=positive_int,
@@ -277,13 +413,13 @@ def add_data_flags(parser: Parser) -> None:
     )
 
 
-def add_model_flags(parser: Parser, lengths: str) -> None:
-    """Trunk and codebooks; `lengths` says which --N_books give the paper's codes."""
+def add_trunk_flags(parser: Parser, default: str) -> argparse._ArgumentGroup:
+    """The network that is trained."""
     group = parser.add_argument_group("model")
     flag = group.add_argument
     flag(
         "--arch",
-        default="resnet18",
+        default=default,
         metavar="NAME",
         help="trunk: resnet18, cifar_vgg (GPQ's), or any model of timm, resnet50 for one",
     )
@@ -319,6 +455,31 @@ def add_model_flags(parser: Parser, lengths: str) -> None:
         help="start from the weights in this file: .safetensors, .pth or a checkpoint of this "
         "project (default: none)",
     )
+    return group
+
+
+def add_pooling_flags(group: argparse._ArgumentGroup) -> None:
+    """GeM, behind timm's trunks."""
+    group.add_argument(
+        "--gem_p",
+        type=positive,
+        default=3.0,
+        metavar="P",
+        help="exponent of the generalised mean that pools the map of a trunk of timm's: 1 is the "
+        "average, large the maximum",
+    )
+    group.add_argument(
+        "--trainable_p",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="learn this exponent; --gem_p is where it starts",
+    )
+
+
+def add_model_flags(parser: Parser, lengths: str) -> None:
+    """Trunk and codebooks; `lengths` says which --N_books give the paper's codes."""
+    flag = add_trunk_flags(parser, "resnet18").add_argument
     flag(
         "--freeze_trunk",
         action=BooleanFlag,
@@ -468,6 +629,91 @@ def add_gpq_flags(parser: Parser) -> None:
     )
 
 
+def add_ssp_flags(parser: Parser) -> None:
+    """What only SSP has: the gallery's features, the method, and what each method takes."""
+    group = parser.add_argument_group("SSP")
+    flag = group.add_argument
+    flag(
+        "--method",
+        choices=SSP_METHODS,
+        default="ssp",
+        help="ssp: similarities to the anchors as the gallery's; regression: the gallery's "
+        "features themselves; aml: regression, and tuples mined by the labels; hvs: classification "
+        "by the labels, and by the gallery's classifier; lce: hvs with a transformed embedding",
+    )
+    flag(
+        "--features",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="of all images of the set by the gallery network: what extract_features.py wrote, or "
+        ".npy (N, D) with a row for each image of the set's listing; must be named",
+    )
+    flag(
+        "--anchors",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="what make_anchors.py wrote; ssp wants them",
+    )
+    flag(
+        "--similarity_scale",
+        type=positive,
+        default=10.0,
+        metavar="SCALE",
+        help="ssp: multiplies the cosines to the anchors",
+    )
+    flag(
+        "--classification_scale",
+        type=positive,
+        default=round(2048**0.5, 4),
+        metavar="S",
+        help="hvs, lce: multiplies the cosines to the classes, sqrt(2048)",
+    )
+    flag(
+        "--new_margin",
+        type=number(float, 0, high=math.pi),
+        default=0.15,
+        metavar="RADIANS",
+        help="hvs, lce: of the classifier that is learned",
+    )
+    flag(
+        "--old_margin",
+        type=number(float, 0, high=math.pi),
+        default=None,
+        metavar="RADIANS",
+        help="hvs, lce: of the gallery's classifier (default: 0.15 for hvs, 0.2 for lce)",
+    )
+    flag(
+        "--contrastive_margin",
+        type=positive,
+        default=0.7,
+        metavar="DISTANCE",
+        help="aml: that negatives are pushed away to",
+    )
+    flag(
+        "--tuples",
+        type=positive_int,
+        default=2000,
+        metavar="N",
+        help="aml: queries an epoch; --batch_size counts tuples",
+    )
+    flag(
+        "--pool",
+        type=positive_int,
+        default=20000,
+        metavar="N",
+        help="aml: images that the negatives of an epoch are found among",
+    )
+    flag(
+        "--negatives",
+        type=positive_int,
+        default=5,
+        metavar="R",
+        help="aml: of each query, of different classes",
+    )
+
+
 def add_augmentation_flags(parser: Parser, choices: Sequence[str]) -> None:
     """How views of an image are made."""
     group = parser.add_argument_group("augmentation")
@@ -525,8 +771,10 @@ def add_augmentation_flags(parser: Parser, choices: Sequence[str]) -> None:
     )
 
 
-def add_training_flags(parser: Parser, schedules: Sequence[str]) -> None:
-    """Optimiser, schedule, length."""
+def add_training_flags(
+    parser: Parser, schedules: Sequence[str], lr: str = "", warmup: str = ""
+) -> None:
+    """Optimiser, schedule, length; `lr` and `warmup` say a default that is no number."""
     group = parser.add_argument_group("training")
     flag = group.add_argument
     flag(
@@ -598,7 +846,7 @@ def add_training_flags(parser: Parser, schedules: Sequence[str]) -> None:
         type=positive,
         default=3e-4,
         metavar="LR",
-        help="peak learning rate; a short training wants more, 2e-3 for Adam",
+        help=f"peak learning rate; a short training wants more, 2e-3 for Adam{lr}",
     )
     flag(
         "--beta1",
@@ -624,6 +872,8 @@ def add_training_flags(parser: Parser, schedules: Sequence[str]) -> None:
             "steps-per-epoch epochs"
             if "released" in schedules
             else "staircase: times 0.95 every 100 steps, as released"
+            if "staircase" in schedules
+            else "constant: does not"
         ),
     )
     flag(
@@ -632,7 +882,8 @@ def add_training_flags(parser: Parser, schedules: Sequence[str]) -> None:
         default=0.0,
         metavar="N",
         help="linear warm-up, fractions allowed"
-        + ("; not with --lr_schedule=released" if "released" in schedules else ""),
+        + ("; not with --lr_schedule=released" if "released" in schedules else "")
+        + warmup,
     )
     flag(
         "--amp",
@@ -754,17 +1005,18 @@ def add_run_flags(parser: Parser) -> None:
     )
 
 
-PARSERS = {"SPQ": spq_parser, "GPQ": gpq_parser}
+PARSERS = {"SPQ": spq_parser, "GPQ": gpq_parser, "SSP": ssp_parser}
 PATH_FLAGS = ("data_dir", "image_dir", "cache_dir", "split", "output_dir", "weights")
+PATH_FLAGS += ("features", "anchors")
 
 
 def flags_of_run(method: str, saved: Mapping) -> argparse.Namespace:
     """The flags of a run from its checkpoint or args.json; what it does not know has its
     default."""
-    known = vars(parse_args(PARSERS[method](), []))
+    known = vars(parse_args(PARSERS[method](), [], whole=False))
     del known["given"]
     flags = known | dict(saved)
-    places = {name: Path(flags[name]) for name in PATH_FLAGS if flags[name] is not None}
+    places = {name: Path(flags[name]) for name in PATH_FLAGS if flags.get(name) is not None}
     return argparse.Namespace(**flags | places)
 
 
@@ -774,9 +1026,15 @@ def code_bits(args: argparse.Namespace) -> int:
     return books * int(math.log2(args.N_words))
 
 
-def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(
+    parser: Parser, argv: Sequence[str] | None = None, whole: bool = True
+) -> argparse.Namespace:
     """Parse and check what can be checked without data; exits with code 2 on bad input.
 
+    Args:
+        parser: of a main script.
+        argv: its command line; None: this process's.
+        whole: whether files that it cannot do without must be named.
     Returns:
         The flags, and `given`: the names of those that were on the command line.
     """
@@ -789,6 +1047,8 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
     args.given = frozenset(name for name, value in said if value is not _UNSET)
     _resolve_data(parser, args)
     _resolve_model(parser, args)
+    if _method(parser) == "SSP":
+        _resolve_ssp(parser, args, whole)
     weights = [getattr(args, name, None) for name in GPQ_WEIGHTS]
     if not any(weights) and None not in weights:
         names = ", ".join(f"--{name}" for name in GPQ_WEIGHTS)
@@ -867,8 +1127,60 @@ def parse_args(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Na
             f"for it and --early_crop_size is --input_size={args.input_size}"
         )
     if args.output_dir is None:
-        args.output_dir = Path("runs") / f"{_method(parser)}_{args.dataset}_{code_bits(args)}bits"
+        what = args.method if _method(parser) == "SSP" else f"{code_bits(args)}bits"
+        args.output_dir = Path("runs") / f"{_method(parser)}_{args.dataset}_{what}"
     return args
+
+
+def parse_extract_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse extract_features.py's command line; exits with code 2 on bad input."""
+    parser = extract_parser()
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
+    args.given = frozenset(
+        word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")
+    )
+    args.validate, args.Top_N = False, None
+    _resolve_data(parser, args)
+    _check_safetensors(parser, args)
+    return args
+
+
+def parse_anchors_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse make_anchors.py's command line; exits with code 2 on bad input."""
+    parser = anchors_parser()
+    args = parser.parse_args(argv)
+    _check_safetensors(parser, args)
+    return args
+
+
+def _check_safetensors(parser: Parser, args: argparse.Namespace) -> None:
+    if args.output.suffix != ".safetensors":
+        parser.error(f"--output={args.output}: allowed is a name that ends in .safetensors")
+
+
+def _resolve_ssp(parser: Parser, args: argparse.Namespace, whole: bool) -> None:
+    """What depends on --method."""
+    if args.features is None and whole:
+        parser.error("--features: the gallery's must be named; extract_features.py makes them")
+    for name, methods in METHOD_FLAGS.items():
+        if name in args.given and args.method not in methods:
+            parser.error(
+                f"--{name}: does nothing with --method={args.method}; allowed with "
+                f"{' and '.join(methods)}"
+            )
+    pooled = args.arch not in OWN or args.stem != "cifar"
+    unused = sorted(args.given & {"gem_p", "trainable_p"})
+    if unused and not pooled:
+        parser.error(f"--{unused[0]}: {args.arch} has an average at its end; allowed for timm's")
+    if args.method == "ssp" and args.anchors is None and whole and not args.eval_only:
+        parser.error("--anchors: --method=ssp needs them; make_anchors.py makes them")
+    if args.old_margin is None:
+        args.old_margin = OLD_MARGINS.get(args.method)
+    if args.lr is None:
+        args.lr = 1e-3 * args.batch_size / 256
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs / 2
 
 
 def _method(parser: Parser) -> str:

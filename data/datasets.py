@@ -3,6 +3,7 @@
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class DataSet:
         train: images to train on, without labels.
         labelled: images whose labels are trained on, and these; None with an unsupervised method.
         query, db: images and labels of the two sides; None where there are no labels.
+        rows: of `split.listing`, for each of the roles train, query, database that has images here.
         left_out: how many images of the split could not be read.
     """
 
@@ -44,6 +46,7 @@ class DataSet:
     labelled: tuple[Images, Tensor] | None
     query: tuple[Images, Tensor] | None
     db: tuple[Images, Tensor] | None
+    rows: Mapping[str, Tensor]
     left_out: int
 
     @property
@@ -110,14 +113,37 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
     train, labelled = hold_some(trained, device), None
     if semi:
         labelled = hold_some(known, device), split.listing.labels[known].to(device)
+    chosen = {"train": trained}
     if "query" not in wanted:
-        return DataSet(split, used, train, labelled, None, None, len(faults))
+        return DataSet(split, used, train, labelled, None, None, chosen, len(faults))
+    chosen["query"] = roles["query"][: args.limit_query]
+    chosen["database"] = roles["database"][: args.limit_db]
     sides = []
-    for rows in (roles["query"][: args.limit_query], roles["database"][: args.limit_db]):
+    for rows in (chosen["query"], chosen["database"]):
         shared = torch.equal(rows, trained) and (isinstance(train, RowStore) or not train.is_cuda)
         held = train if shared else hold_some(rows, cpu)
         sides.append((held, split.listing.labels[rows]))
-    return DataSet(split, used, train, labelled, *sides, len(faults))
+    return DataSet(split, used, train, labelled, *sides, chosen, len(faults))
+
+
+def load_all(args: Namespace) -> tuple[Images, Split]:
+    """All images of a set, as its listing has them, whatever they are for.
+
+    Args:
+        args: as for `load_dataset`, without limits.
+    Raises:
+        UserError: if files are missing or damaged.
+    """
+    if args.dataset.startswith("cifar"):
+        return _load_cifar(args)
+    split = load_split(args)
+    root, names = args.image_dir or args.data_dir, split.listing.names
+    images, faults = store_images(
+        args.cache_dir, root, names, args.input_size, args.num_workers, args.max_pixels
+    )
+    if faults:
+        _without(split, faults, args, images.path.parent)
+    return images, split
 
 
 def _used_roles(split: Split) -> tuple[str, ...]:

@@ -17,11 +17,12 @@ from data.batches import (
 )
 from data.datasets import Images, hold
 from data.features import kept_features
-from models import QuantizationNetwork
+from data.taught import TaughtBatches, TupleBatches, Tuples, able_queries, mine_tuples
+from models import AsymmetricNetwork, QuantizationNetwork
 from models.vgg import MEAN
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.evaluation import RetrievalEvaluation
+from utils.evaluation import RetrievalEvaluation, describe_images
 
 
 def random_views(
@@ -91,6 +92,58 @@ def labelled_and_unlabelled(
 
     sides = [*sides, None][:2]
     return SemiSupervisedBatches(sides[0], labels.to(device), sides[1], reversal_at)
+
+
+def taught_batches(
+    args: Namespace,
+    images: Images,
+    gallery: Tensor,
+    labels: Tensor | None,
+    model: AsymmetricNetwork,
+    ranks: Ranks,
+) -> TaughtBatches | TupleBatches:
+    """What --method trains a query network with: views of images and the gallery's features of
+    them, with labels if it has them; or for aml tuples, mined anew each epoch.
+
+    Raises:
+        UserError: if there are too few images or classes.
+    """
+    device = next(model.parameters()).device
+    if args.method != "aml":
+        batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
+        augment_at = augmentation_at(args, len(batches), device)
+        ahead = batches_ahead(device, args.batch_size, args.crop_size)
+        views = ViewBatches(batches, lambda step: [augment_at(step)], args.seed, ahead)
+        return TaughtBatches(views, gallery.to(device), None if labels is None else labels)
+
+    def describe(rows: Tensor) -> Tensor:
+        was_training = model.training
+        model.eval()
+        try:
+            home = images.device if isinstance(images, Tensor) else "cpu"
+            return describe_images(model, images[rows.to(home)], args.input_size)
+        finally:
+            model.train(was_training)
+
+    def mine(epoch: int) -> Tuples:
+        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
+        sizes = (args.tuples, args.pool, args.negatives)
+        return mine_tuples(describe, gallery.to(device), labels, *sizes, generator)
+
+    tuples = min(args.tuples, able_queries(labels))
+    epoch_steps = max(1, tuples // args.batch_size)  # of fewer tuples all are in every batch
+    return TupleBatches(
+        images,
+        gallery.to(device),
+        mine,
+        tuples,
+        args.negatives,
+        args.batch_size,
+        augmentation_at(args, epoch_steps, device),
+        args.seed,
+        ranks,
+        device,
+    )
 
 
 def augmentation(args: Namespace, size: int, device: torch.device) -> nn.Module:

@@ -1,5 +1,7 @@
 """Networks and the product quantizer: no losses, no flags, no files."""
 
+from models.asymmetric import AsymmetricNetwork, build_asymmetric
+from models.embedding import EmbeddingNetwork, OwnGallery, build_embedding, count_costs
 from models.gpq import GPQ
 from models.network import QuantizationNetwork
 from models.quantizer import ProductQuantizer, PrototypeQuantizer
@@ -10,13 +12,19 @@ __all__ = [
     "GPQ",
     "QUANTIZERS",
     "SPQ",
+    "AsymmetricNetwork",
+    "EmbeddingNetwork",
+    "OwnGallery",
     "ProductQuantizer",
     "PrototypeQuantizer",
     "QuantizationNetwork",
+    "build_asymmetric",
+    "build_embedding",
     "build_gpq",
     "build_quantizer",
     "build_spq",
     "build_trunk",
+    "count_costs",
 ]
 
 # --quantizer: how z is made from x

@@ -55,6 +55,38 @@ def finished_gpq(tmp_path_factory, small_files):
 
 
 @pytest.fixture(scope="session")
+def gallery(tmp_path_factory, small_files, finished_gpq):
+    """What the first two commands of SSP leave: features.safetensors of the small set by
+    `finished_gpq`, and anchors.safetensors made of them; not to be changed."""
+    import extract_features
+    import make_anchors
+
+    folder = tmp_path_factory.mktemp("gallery")
+    features = folder / "features.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cifar10.BIN_SHA256", small_cifar.hashes(small_files))
+        patch.setattr("data.cifar10.ROWS", small_cifar.ROWS)
+        words = [f"--gallery={finished_gpq}", f"--output={features}", f"--data_dir={small_files}"]
+        extract_features.main([*words, "--device=cpu"])
+    words = [f"--features={features}", "--M=3", "--bits=4"]
+    make_anchors.main([*words, f"--output={folder / 'anchors.safetensors'}"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_ssp(tmp_path_factory, small_files, gallery):
+    """A run of main_SSP.py that nothing disturbed: two epochs, an evaluation after each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.cifar10.BIN_SHA256", small_cifar.hashes(small_files))
+        patch.setattr("data.cifar10.ROWS", small_cifar.ROWS)
+        patch.setattr("utils.figures.PNG_DPI", 50)
+        folder = tmp_path_factory.mktemp("finished_ssp")
+        words = [f"--anchors={gallery / 'anchors.safetensors'}", "--eval_epoch=1"]
+        small_cifar.run_ssp(small_files, folder, gallery / "features.safetensors", *words)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A small SPQ network's weights, 16 bits, images of 16 pixels; not to be changed."""
     return small_images.save_model(tmp_path_factory.mktemp("model") / "model.pt", seed=0)

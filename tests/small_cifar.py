@@ -2,7 +2,7 @@
 
 The published hashes fit only the published files, so tests put the small set's own in their
 place; everything else is the real code. As a script it runs main_SPQ.py on a small set, or
-main_GPQ.py:
+main_GPQ.py or main_SSP.py:
 
     python tests/small_cifar.py --data_dir DIR [--method=GPQ] [--views=same] [flags of that script]
 
@@ -49,6 +49,23 @@ FAST_GPQ = [
     "--log_every=1",
 ]
 
+# the same for main_SSP.py: 300 images, 15 steps an epoch
+FAST_SSP = [
+    "--arch=cifar_vgg",
+    "--width=8",
+    "--batch_size=20",
+    "--epochs=2",
+    "--device=cpu",
+    "--amp=off",
+    "--optimizer=adam",
+    "--lr=5e-3",
+    "--warmup_epochs=0",
+    "--log_every=1",
+    "--Top_N=50",
+]
+# and what --method=aml needs beside them: 3 steps an epoch
+FAST_AML = ["--method=aml", "--tuples=60", "--pool=100", "--negatives=3"]
+
 
 def make(data_dir: Path, seed: int = 0) -> Path:
     """Write the six binary files; each class has a colour of its own, with noise."""
@@ -86,6 +103,14 @@ def run_gpq(data_dir, output_dir, *flags):
     main_GPQ.main([*FAST_GPQ, *_places(data_dir, output_dir), *flags])
 
 
+def run_ssp(data_dir, output_dir, features, *flags):
+    """main_SSP.py in this process."""
+    import main_SSP
+
+    words = [*FAST_SSP, *_places(data_dir, output_dir), f"--features={features}", *flags]
+    main_SSP.main(words)
+
+
 def _places(data_dir, output_dir):
     cache = Path(output_dir).parent / "cache"
     return [f"--data_dir={data_dir}", f"--output_dir={output_dir}", f"--cache_dir={cache}"]
@@ -110,7 +135,7 @@ class SameViews(torch.nn.Module):
 
 
 class WholeViews(torch.nn.Module):
-    """In place of GPQ's augmentation: the images as they are."""
+    """In place of the augmentation of GPQ and SSP: the images as they are."""
 
     def __init__(self, side: int, colour: list[float]) -> None:
         super().__init__()
@@ -136,6 +161,9 @@ if __name__ == "__main__":
     if "--method=GPQ" in sys.argv:
         sys.argv.remove("--method=GPQ")
         from main_GPQ import main
+    elif "--method=SSP" in sys.argv:
+        sys.argv.remove("--method=SSP")
+        from main_SSP import main
     else:
         from main_SPQ import main
     groups = itertools.groupby(sys.argv[1:], "--then".__eq__)

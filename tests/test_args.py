@@ -5,15 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from args import PARSERS, code_bits, flags_of_run, parse_args
+from args import (
+    METHOD_FLAGS,
+    PARSERS,
+    SSP_METHODS,
+    code_bits,
+    flags_of_run,
+    parse_anchors_args,
+    parse_args,
+    parse_extract_args,
+)
 from utils.logging import plain
 from utils.recipes import RECIPES, SPQ_RECIPES
 
 both = pytest.mark.parametrize("method", ["SPQ", "GPQ"])
+# files that a method cannot do without
+NEEDED = {"SSP": ("--features=f.npy", "--anchors=a.safetensors")}
 
 
 def parse(*argv, method="SPQ"):
-    return parse_args(PARSERS[method](), argv)
+    return parse_args(PARSERS[method](), (*NEEDED.get(method, ()), *argv))
 
 
 def refused(capsys, *argv, method="SPQ"):
@@ -254,6 +265,7 @@ def test_every_flag_of_a_recipe_exists_and_takes_its_value(method, name):
     named = vars(parse(f"--recipe={name}", method=method))
     assert {k: written[k] for k in recipe} == recipe
     changed = {k for k in named if written[k] != named[k]}
+    assert {"features", "anchors"}.isdisjoint(changed)
     assert changed <= {"recipe", "given"}
 
 
@@ -495,6 +507,168 @@ def test_gpq_keeps_views_of_a_frozen_trunk_only(capsys):
     assert parse(*frozen, "--cached_views=2", method="GPQ").cached_views == 2
 
 
+# --- main_SSP.py --------------------------------------------------------------------------------
+
+# of no method but theirs: a value for each
+OWN_FLAGS = {
+    "anchors": "b.safetensors",
+    "similarity_scale": 5.0,
+    "classification_scale": 20.0,
+    "new_margin": 0.3,
+    "old_margin": 0.1,
+    "contrastive_margin": 0.5,
+    "tuples": 100,
+    "pool": 400,
+    "negatives": 2,
+}
+
+
+def parse_ssp(*argv):
+    return parse_args(PARSERS["SSP"](), ("--features=f.npy", *argv))
+
+
+def refused_by_ssp(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(PARSERS["SSP"](), argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_ssp_s_defaults_are_those_of_its_paper():
+    args = parse(method="SSP")
+    published = {
+        "method": "ssp",
+        "arch": "mobilenetv2_100",
+        "stem": "imagenet",
+        "gem_p": 3.0,
+        "trainable_p": False,
+        "similarity_scale": 10.0,
+        "classification_scale": 45.2548,
+        "new_margin": 0.15,
+        "contrastive_margin": 0.7,
+        "tuples": 2000,
+        "pool": 20000,
+        "negatives": 5,
+        "batch_size": 64,
+        "epochs": 10,
+        "warmup_epochs": 5.0,
+        "optimizer": "sgd",
+        "lr": 1e-3 * 64 / 256,
+        "weight_decay": 1e-6,
+        "lr_schedule": "cosine",
+        "augmentation": "crop-flip",
+        "distance": "query-gallery",
+    }
+    for name, value in published.items():
+        assert getattr(args, name) == value, name
+    assert (args.features, args.anchors) == (Path("f.npy"), Path("a.safetensors"))
+    assert args.output_dir == Path("runs/SSP_cifar10_ssp")
+    assert parse_ssp("--method=lce").output_dir == Path("runs/SSP_cifar10_lce")
+    margins = {method: parse_ssp(f"--method={method}").old_margin for method in ("hvs", "lce")}
+    assert margins == {"hvs": 0.15, "lce": 0.2}
+    assert parse_ssp("--method=lce", "--old_margin=0").old_margin == 0
+
+
+def test_rate_and_warm_up_of_ssp_follow_the_batch_and_the_epochs():
+    args = parse("--batch_size=128", "--epochs=5", method="SSP")
+    assert (args.lr, args.warmup_epochs) == (5e-4, 2.5)
+    args = parse("--batch_size=128", "--lr=0.1", "--warmup_epochs=0", method="SSP")
+    assert (args.lr, args.warmup_epochs) == (0.1, 0.0)
+    args = parse("--recipe=fast", method="SSP")
+    assert (args.lr, args.warmup_epochs, args.batch_size) == (2e-3, 0.5, 256)
+
+
+def test_there_is_a_value_for_each_flag_of_one_method():
+    assert OWN_FLAGS.keys() == METHOD_FLAGS.keys()
+
+
+@pytest.mark.parametrize("method", SSP_METHODS)
+def test_flags_of_the_other_methods_are_refused(method, capsys):
+    needed = ["--features=f.npy", *(["--anchors=a.safetensors"] if method == "ssp" else [])]
+    for name, methods in METHOD_FLAGS.items():
+        words = [*needed, f"--method={method}", f"--{name}={OWN_FLAGS[name]}"]
+        if method in methods:
+            assert str(getattr(parse_args(PARSERS["SSP"](), words), name)) == str(OWN_FLAGS[name])
+        else:
+            message = refused_by_ssp(capsys, *words)
+            assert f"--{name}: does nothing with --method={method}; allowed with" in message
+            assert all(other in message.rpartition("allowed")[2] for other in methods)
+
+
+def test_files_that_ssp_cannot_do_without_are_asked_for(capsys):
+    message = refused_by_ssp(capsys, "--method=regression")
+    assert "--features: the gallery's must be named; extract_features.py makes them" in message
+    message = refused_by_ssp(capsys, "--features=f.npy")
+    assert "--anchors: --method=ssp needs them; make_anchors.py makes them" in message
+    # an evaluation needs no anchors, and the other methods never do
+    assert parse_ssp("--eval_only", "--resume=auto").anchors is None
+    assert parse_ssp("--method=aml").anchors is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=lace"], "lce"),
+        (["--similarity_scale=0"], "above 0"),
+        (["--method=aml", "--negatives=0"], "at least 1"),
+        (["--method=hvs", "--new_margin=4"], "at most 3.14"),
+        (["--arch=resnet18", "--gem_p=2"], "--gem_p: resnet18 has an average at its end"),
+        (["--arch=cifar_vgg", "--trainable_p"], "--trainable_p: cifar_vgg has an average"),
+        (["--N_books=4"], "--N_books=4"),
+        (["--freeze_trunk"], "--freeze_trunk"),
+        (["--lr_schedule=staircase"], "cosine"),
+        (["--recipe=released"], "paper"),
+    ],
+)
+def test_ssp_names_what_is_wrong(flags, message, capsys):
+    assert message in refused_by_ssp(capsys, *NEEDED["SSP"], *flags)
+
+
+def test_a_pooling_may_learn_where_there_is_one():
+    args = parse("--trainable_p", "--gem_p=2", method="SSP")
+    assert (args.trainable_p, args.gem_p) == (True, 2.0)
+    assert parse("--arch=resnet18", "--stem=imagenet", "--gem_p=2", method="SSP").gem_p == 2
+
+
+def test_features_are_extracted_from_a_set_and_a_network(capsys):
+    words = ["--gallery=runs/x", "--output=f.safetensors"]
+    args = parse_extract_args(words)
+    assert (args.gallery, args.dataset, args.protocol) == (Path("runs/x"), "cifar10", "spq")
+    assert "input_size" not in args.given  # the network's own
+    args = parse_extract_args([*words, "--input_size", "64", "--dataset=lists", "--data_dir=x"])
+    assert (args.given >= {"input_size", "data_dir"}, args.input_size) == (True, 64)
+    for wrong, message in (
+        ([words[0]], "--output"),
+        ([words[1]], "--gallery"),
+        ([words[0], "--output=f.npy"], "--output=f.npy: allowed is a name that ends in .safetens"),
+        ([*words, "--dataset=lists"], "--dataset=lists: needs --data_dir"),
+        ([*words, "--limit_train=5"], "--limit_train"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_extract_args(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_anchors_are_of_features_or_of_a_model(capsys):
+    out = "--output=a.safetensors"
+    args = parse_anchors_args(["--features=f.npy", out])
+    paper = {"M": 32, "bits": 8, "iterations": 10, "restarts": 2, "max_points": 1000}
+    assert {name: getattr(args, name) for name in paper} == paper
+    assert parse_anchors_args(["--codebooks_of=runs/x", out]).codebooks_of == Path("runs/x")
+    for wrong, message in (
+        ([out], "--features --codebooks_of"),
+        (["--features=f.npy", "--codebooks_of=x", out], "--codebooks_of"),
+        (["--features=f.npy", "--output=a"], "--output=a: allowed is a name that ends in .safet"),
+        (["--features=f.npy", out, "--bits=0"], "at least 1"),
+        (["--features=f.npy", out, "--M=0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_anchors_args(wrong)
+        assert message in capsys.readouterr().err
+
+
 # --- flags of a run -----------------------------------------------------------------------------
 
 
@@ -520,6 +694,16 @@ def test_flags_that_a_run_did_not_know_have_the_defaults_of_its_method(method):
     assert flags_of_run(method, old).beta1 == {"SPQ": 0.9, "GPQ": 0.5}[method]
     with pytest.raises(KeyError):
         flags_of_run("PQ", {})
+
+
+def test_flags_of_a_run_of_ssp_come_back_as_they_were():
+    args = parse("--batch_size=32", "--weights=w.pth", method="SSP")
+    del args.given
+    found = vars(flags_of_run("SSP", json.loads(json.dumps(plain(args)))))
+    assert found == vars(args)
+    assert isinstance(found["features"], Path)
+    defaults = flags_of_run("SSP", {})
+    assert (defaults.method, defaults.features, defaults.anchors) == ("ssp", None, None)
 
 
 @pytest.mark.parametrize(

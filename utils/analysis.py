@@ -189,11 +189,21 @@ def first_of_each_class(
         Queries (R,) and items (R, min(columns, N)), int64 on the CPU, nearest first; R = 0 if no
         query has a label.
     """
-    if query_labels.dim() == 1:
-        members = [query_labels == c for c in query_labels.unique().tolist()]
-    else:
-        members = [column > 0 for column in query_labels.T if column.any()]
-    first = dict.fromkeys(int(member.nonzero()[0]) for member in members)
-    chosen = torch.tensor(list(first)[:rows], dtype=torch.int64)
+    chosen = first_rows_of_each_class(query_labels, rows)
     _, index = search(query[chosen.to(query.device)], db_codes, codebooks, columns, distance)
     return chosen, index.cpu()
+
+
+def first_rows_of_each_class(labels: Tensor, rows: int = 10) -> Tensor:
+    """The first image of each class, (R,) int64 on the CPU, at most `rows`; none without labels.
+
+    Args:
+        labels: (Q,) class numbers, or (Q, C) zeros and ones.
+        rows: classes at most.
+    """
+    if labels.dim() == 1:
+        members = [labels == c for c in labels.unique().tolist()]
+    else:
+        members = [column > 0 for column in labels.T if column.any()]
+    first = dict.fromkeys(int(member.nonzero()[0]) for member in members)
+    return torch.tensor(list(first)[:rows], dtype=torch.int64)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.analysis import first_of_each_class
 from utils.metrics import evaluate_retrieval
 
 # in a batch: images of 32 pixels, and fewer of larger ones
@@ -131,3 +132,11 @@ class RetrievalEvaluation:
             )
             for distance in self.distances
         ]
+
+    def examples(self, model: nn.Module, columns: int) -> tuple[Tensor, Tensor]:
+        """The first query of each class (R,) and its nearest items (R, columns), on the CPU, of
+        what is encoded."""
+        x, codes = self.encoded
+        codebooks = model.quantizer.codebooks.detach().float()
+        labels, distance = self.query[1], self.distances[0]
+        return first_of_each_class(x, labels, codes, codebooks, columns, distance)

@@ -81,7 +81,7 @@ def learning_curve(
     if evals:
         right = axis.twinx()
         right.plot([e["step"] for e in evals], [e[name] for e in evals], "o--", color=BLUE)
-        right.set_ylabel(f"{name} ({DISTANCE_NAMES[distance]}), dots", color=BLUE)
+        right.set_ylabel(f"{name} ({DISTANCE_NAMES.get(distance, distance)}), dots", color=BLUE)
         right.annotate(
             f"{evals[-1][name]:.3f}",
             (evals[-1]["step"], evals[-1][name]),

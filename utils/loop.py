@@ -34,6 +34,7 @@ LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has ove
 # recipe is another run
 FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate", "recipe"]
 FIXED_ON_RESUME += ["dataset", "protocol", "split_seed", "freeze_trunk", "cached_views"]
+TUPLE_FLAGS = ["tuples", "pool", "negatives"]  # and these, of what mines tuples
 # why a loop pauses, as bits of one number: the greatest over the ranks counts for all of them
 LATE, OVER, SIGNAL_SHIFT = 1, 2, 2  # a checkpoint is due; time is over; above them the signal
 # what an evaluation's figures depend on, beside the weights
@@ -62,7 +63,11 @@ class Batches(Protocol):
 
     def batch(self, step: int) -> Views:
         """This rank's views of the batch at `step`, counted from 0 over the whole training; the
-        same ones whenever it is asked."""
+        same ones whenever it is asked.
+
+        Where they depend on more than `step`, methods `state()` and `restore(state)` keep that in
+        the checkpoint.
+        """
 
 
 class Trainer:
@@ -392,6 +397,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "last_eval": self.last_eval,
                 "evaluated": self.evaluated,
+                "batches": self.batches.state() if hasattr(self.batches, "state") else None,
             }
             try:
                 save_checkpoint(self.path, state)
@@ -411,7 +417,8 @@ class Trainer:
         saved = {"validate": False, "recipe": args.recipe} | checkpoint["args"]
         if not args.eval_only:
             why = "they fix the order of the images, the state of the optimizer and what is trained"
-            check_same(saved, args, FIXED_ON_RESUME, why, path)
+            fixed = FIXED_ON_RESUME + [name for name in TUPLE_FLAGS if name in args]
+            check_same(saved, args, fixed, why, path)
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.step_is_known = checkpoint["step"] is not None
@@ -420,6 +427,8 @@ class Trainer:
             self.evaluated = checkpoint.get("evaluated", before)  # older ones do not have it
             if args.eval_only:
                 return
+            if hasattr(self.batches, "restore"):
+                self.batches.restore(checkpoint["batches"])
             states = checkpoint["optimizer"]
             states = [states] if isinstance(states, dict) else states  # as older ones have it
             for optimizer, state in zip(self.optimizers, states, strict=True):

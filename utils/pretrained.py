@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models import QuantizationNetwork
+from models import AsymmetricNetwork, QuantizationNetwork
 from models.trunks import LITE0, load_weights
 from utils.checkpoint import FORMAT as CHECKPOINT
 from utils.checkpoint import MODEL
@@ -19,7 +19,7 @@ from utils.trained import build_from_flags
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")  # keys that others save weights under
 
 
-def start_model(run: Run) -> QuantizationNetwork:
+def start_model(run: Run) -> QuantizationNetwork | AsymmetricNetwork:
     """The network of a run's flags on its device, its trunk as the flags want it to start.
 
     Raises:

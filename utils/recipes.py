@@ -47,5 +47,20 @@ GPQ_RECIPES: dict[str, dict] = {
     },
 }
 
-RECIPES = {"SPQ": SPQ_RECIPES, "GPQ": GPQ_RECIPES}
+SSP_RECIPES: dict[str, dict] = {
+    # the released settings: these are the defaults
+    "paper": {},
+    # for images of 32 pixels
+    "fast": {
+        "optimizer": "muon",
+        "lr": 2e-3,
+        "warmup_epochs": 0.5,
+        "batch_size": 256,
+        "augmentation": "batched",
+        "crop_min_area": 0.5,
+        "jitter_strength": 0.5,
+    },
+}
+
+RECIPES = {"SPQ": SPQ_RECIPES, "GPQ": GPQ_RECIPES, "SSP": SSP_RECIPES}
 RECIPE_INPUT_SIZE = 32  # that the crops of a recipe are for

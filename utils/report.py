@@ -8,7 +8,6 @@ from shlex import quote
 import torch
 from torch import Tensor
 
-from utils.analysis import first_of_each_class
 from utils.checkpoint import LAST
 from utils.figures import learning_curve, retrieval_grid
 from utils.logging import METRICS, read_metrics
@@ -80,17 +79,23 @@ def report(
 
 def _report_unlabelled(run: Run, trainer: Trainer, left_out: int) -> None:
     folder, data = run.args.output_dir, run.args.image_dir or run.args.data_dir
-    bits = trainer.model.quantizer.code_bits
+    quantizer = getattr(trainer.model, "quantizer", None)  # of networks that can index images
+    bits = "" if quantizer is None else f"{quantizer.code_bits:g} bits"
     curve = folder / "learning_curve.png"
-    title = f"{run.method}, {bits:g} bits, images of {data.name}".replace("$", r"\$")  # no formula
+    title = ", ".join(filter(None, [run.method, bits, f"images of {data.name}"]))
+    title = title.replace("$", r"\$")  # no formula
     learning_curve(read_metrics(folder), curve, f"mAP@{run.args.Top_N}", run.args.distance, title)
-    index = folder / "index"
     print(
-        f"\nTrained to step {trainer.step} at {bits:g} bits; without labels there is no mAP"
+        f"\nTrained to step {trainer.step}{bits and ' at '}{bits}; without labels there is no mAP"
         f"{_missing(left_out)}.\n"
         f"  checkpoint:        {folder / LAST}\n"
         f"  log:               {folder / METRICS}\n"
-        f"  learning curve:    {curve}\n"
+        f"  learning curve:    {curve}"
+    )
+    if quantizer is None:
+        return
+    index = folder / "index"
+    print(
         "Search with it:\n"
         f"  python search.py build --checkpoint {quote(str(folder))} --images {quote(str(data))} "
         f"--index {quote(str(index))}\n"
@@ -101,13 +106,11 @@ def _report_unlabelled(run: Run, trainer: Trainer, left_out: int) -> None:
 def _draw_retrieval(trainer: Trainer, path: Path, class_names: Sequence[str], title: str) -> None:
     """The first query of each class and what it finds."""
     evaluation = trainer.evaluate_model
+    (images, labels), (db_images, db_labels) = evaluation.query, evaluation.db
     if evaluation.encoded is None:
         with trainer.autocast():
             evaluation.encode(trainer.model)
-    x, codes = evaluation.encoded
-    (images, labels), (db_images, db_labels) = evaluation.query, evaluation.db
-    codebooks = trainer.model.quantizer.codebooks.detach().float()
-    rows, index = first_of_each_class(x, labels, codes, codebooks, COLUMNS, evaluation.distances[0])
+    rows, index = evaluation.examples(trainer.model, COLUMNS)
     if not len(rows):
         return  # no query has a label
     names = [_class_name(class_names, label) for label in labels[rows].cpu()]

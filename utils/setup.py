@@ -24,9 +24,10 @@ OLDER |= {"freeze_trunk": False, "cached_views": 0}
 OLDER_GPQ = {"augmentation": "crop-flip", "crop_min_area": 0.08, "jitter_strength": 1.0}
 # flags that give a model its shape: a checkpoint fits only if they are equal
 SHAPE_FLAGS = ["arch", "stem", "width", "N_books", "N_words", "L_word", "quantizer"]
+SHAPE_FLAGS += ["method", "gem_p", "trainable_p"]
 # flags that an evaluation takes from the checkpoint unless they are given
 MODEL_FLAGS = [*SHAPE_FLAGS, "input_size", "batch_size", "limit_train", "epochs", "validate"]
-MODEL_FLAGS += ["freeze_trunk", "soft_quantization_scale", "n_classes"]
+MODEL_FLAGS += ["freeze_trunk", "soft_quantization_scale", "n_classes", "tuples"]
 MODEL_FLAGS += ["recipe", "augmentation", "optimizer"]  # to be printed
 # and which it takes unless any of them is given
 SPLIT_FLAGS = ["protocol", "split", "split_seed", "labels_per_class"]
@@ -77,7 +78,7 @@ class Run:
     """One run of a main script.
 
     Attributes:
-        method: "SPQ" or "GPQ".
+        method: "SPQ", "GPQ" or "SSP".
         args: the flags, `amp` resolved to what is used.
         device: where it computes.
         ranks: this process among the others.
@@ -173,7 +174,8 @@ def start_run(method: str, args: Namespace) -> Run:
         args = Namespace(**{**vars(args), **found})
     if checkpoint is not None:
         why = "a model of another shape does not fit"
-        check_same(checkpoint["args"], args, SHAPE_FLAGS, why, Path(checkpoint["path"]))
+        known = [name for name in SHAPE_FLAGS if name in args]
+        check_same(checkpoint["args"], args, known, why, Path(checkpoint["path"]))
         _say_what_changed(args, checkpoint, ranks)
     amp = args.amp
     if amp == "auto" and checkpoint is not None:

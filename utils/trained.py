@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from models import GPQ, SPQ, QuantizationNetwork, build_gpq, build_spq
+from models import (
+    GPQ,
+    SPQ,
+    AsymmetricNetwork,
+    QuantizationNetwork,
+    build_asymmetric,
+    build_gpq,
+    build_spq,
+)
 from utils.checkpoint import FORMAT as CHECKPOINT
 from utils.checkpoint import LAST, MODEL, VERSION, WEIGHTS, file_of_run, read_torch, write_torch
 from utils.errors import UserError
@@ -131,13 +139,13 @@ class _RealSteps(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build_from_flags(method: str, args: Mapping) -> QuantizationNetwork:
+def build_from_flags(method: str, args: Mapping) -> QuantizationNetwork | AsymmetricNetwork:
     """An untrained network of a method, of the shape that its main script's flags name.
 
     Raises:
         KeyError, ValueError: if a flag is missing, or there is no such network.
     """
-    return {"SPQ": _build_spq, "GPQ": _build_gpq}[method](args)
+    return {"SPQ": _build_spq, "GPQ": _build_gpq, "SSP": _build_ssp}[method](args)
 
 
 def _build_spq(args: Mapping) -> SPQ:
@@ -163,6 +171,20 @@ def _build_gpq(args: Mapping) -> GPQ:
         d=args["L_word"],
         classes=args["n_classes"],
         alpha=args["soft_quantization_scale"],
+        stem=args["stem"],
+        input_size=args["input_size"],
+    )
+
+
+def _build_ssp(args: Mapping) -> AsymmetricNetwork:
+    return build_asymmetric(
+        args["arch"],
+        args["width"],
+        args["embedding_dim"],
+        args["n_classes"],
+        transforms=args["method"] == "lce",
+        p=args["gem_p"],
+        trainable_p=args["trainable_p"],
         stem=args["stem"],
         input_size=args["input_size"],
     )

@@ -1,0 +1,245 @@
+"""What a gallery network leaves for SSP: its features of a set, and anchors made of such features.
+
+Both are .safetensors files with a header that says what they are of; features may also come as a
+plain .npy array. Neither can run code.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+
+FEATURES, ANCHORS = "gallery-features", "gallery-anchors"
+LEAST_LENGTH = 1e-12  # of a feature: shorter ones have no direction
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Embeddings of all images of a set by a gallery network.
+
+    Attributes:
+        features: (N, D) float32 of unit length, a row for each image of the set's listing.
+        names_sha256: `identify_names` of that listing; None of a file that does not tell.
+        network: what made them, in words.
+        dataset: of the images, "cifar10"; None of a file that does not tell.
+    """
+
+    features: Tensor
+    names_sha256: str | None
+    network: str
+    dataset: str | None = None
+
+
+def identify_names(names: Sequence[str]) -> str:
+    """SHA-256 of the names of a set's images, in their order."""
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()
+
+
+def write_gallery(path: Path, gallery: Gallery) -> None:
+    """Write features, whole or not at all.
+
+    Raises:
+        OSError: if they cannot be written; an old file stays.
+    """
+    about = {"format": FEATURES, "network": gallery.network}
+    if gallery.names_sha256 is not None:
+        about["names_sha256"] = gallery.names_sha256
+    if gallery.dataset is not None:
+        about["dataset"] = gallery.dataset
+    _write(path, {"features": gallery.features}, about)
+
+
+def read_gallery(
+    path: Path,
+    names: Sequence[str] | None = None,
+    dataset: str | None = None,
+    flag: str = "--features",
+) -> Gallery:
+    """Read the features of a set, and check that they are of that set.
+
+    Args:
+        path: .safetensors of `write_gallery`; or .npy, (N, D), whose rows are taken to be in the
+            order of the names.
+        names: of the set's images; None: of whatever set.
+        dataset: the set, as images of several have the same names; None: whatever set.
+        flag: for messages.
+    Raises:
+        UserError: if there is no such file, or it is of other images, or holds what is no feature.
+    """
+    if path.suffix == ".npy":
+        try:
+            features = torch.from_numpy(np.load(path, allow_pickle=False))
+        except (EOFError, MemoryError, OSError, TypeError, ValueError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(f"{flag}={path}: cannot be read as an array ({detail})") from error
+        about: Mapping[str, str] = {}
+    else:
+        features, about = _read(path, FEATURES, flag)
+    if features.dim() != 2 or not features.is_floating_point() or not features.numel():
+        raise UserError(
+            f"{flag}={path}: holds {tuple(features.shape)} numbers of {features.dtype}; allowed "
+            "are features (N, D) of floating point"
+        )
+    known = about.get("names_sha256")
+    of_set = about.get("dataset")
+    fits = names is None or (len(features) == len(names) and known in (None, identify_names(names)))
+    if not fits or (dataset is not None and of_set not in (None, dataset)):
+        told = f" of {of_set}" if of_set else ""
+        raise UserError(
+            f"{flag}={path}: is of {len(features)} other images{told}; this set has "
+            f"{len(features if names is None else names)}. Make features of it with "
+            "extract_features.py and the same --dataset and --data_dir"
+        )
+    features = features.float()
+    length = torch.linalg.vector_norm(features, dim=1)
+    if not length.isfinite().all():
+        raise UserError(f"{flag}={path}: has features that are not finite")
+    if (length < LEAST_LENGTH).any():
+        row = int((length < LEAST_LENGTH).nonzero()[0])
+        raise UserError(f"{flag}={path}: image {row} has a feature 0")
+    # of unit length but for rounding; other networks' files are brought to it
+    return Gallery(F.normalize(features), known, about.get("network", path.name), of_set)
+
+
+def write_anchors(path: Path, anchors: Tensor, made_of: str) -> None:
+    """Write anchors (M, K, d), whole or not at all.
+
+    Raises:
+        OSError: if they cannot be written; an old file stays.
+    """
+    _write(path, {"anchors": anchors}, {"format": ANCHORS, "made_of": made_of})
+
+
+def read_anchors(path: Path, D: int, flag: str = "--anchors") -> Tensor:
+    """Read anchors (M, K, d) float32 for features of D = M * d dimensions.
+
+    Raises:
+        UserError: if there is no such file, or the anchors do not fit the features.
+    """
+    anchors, _ = _read(path, ANCHORS, flag)
+    if anchors.dim() != 3 or not anchors.numel() or not anchors.isfinite().all():
+        raise UserError(f"{flag}={path}: holds no anchors (M, K, d)")
+    M, _, d = anchors.shape
+    if M * d != D:
+        raise UserError(
+            f"{flag}={path}: {M} codebooks of {d} dimensions are for features of {M * d}, and "
+            f"these have {D}; make others with make_anchors.py and these --features"
+        )
+    return anchors.float()
+
+
+def train_anchors(
+    features: Tensor,
+    M: int,
+    bits: int,
+    iterations: int = 10,
+    restarts: int = 2,
+    max_points: int = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """Anchors: the centroids of a product quantizer, scaled to unit length.
+
+        anchors[m] = k-means of the m-th slices of the features, K = 2^bits centroids,
+                     each divided by its L2 norm
+
+    Args:
+        features: (N, D) float32, D = M * d.
+        M: subspaces.
+        bits: log2 of the anchors in each.
+        iterations, restarts: of k-means; the best restart is kept.
+        max_points: features a centroid that k-means looks at, drawn at random of more.
+        seed: of k-means.
+    Returns:
+        (M, K, d) float32.
+    Raises:
+        UserError: if D is no multiple of M, or there are fewer features than centroids.
+    Source: SSP, section III; its released settings are the defaults, with M = 32 and 8 bits.
+        Departures: none.
+    """
+    import faiss  # here: who trains on anchors that are there already does not need it
+
+    N, D = features.shape
+    if D % M:
+        fitting = [m for m in range(1, D + 1) if D % m == 0]
+        near = min(fitting, key=lambda m: abs(m - M))
+        raise UserError(f"--M={M}: does not divide the features' {D} dimensions; {near} does")
+    if N < 2**bits:
+        raise UserError(
+            f"--bits={bits}: {2**bits} anchors need as many features, and there are {N}; allowed "
+            f"are up to {N.bit_length() - 1} bits"
+        )
+    quantizer = faiss.ProductQuantizer(D, M, bits)
+    quantizer.cp.niter, quantizer.cp.nredo = iterations, restarts
+    quantizer.cp.max_points_per_centroid, quantizer.cp.min_points_per_centroid = max_points, 1
+    quantizer.cp.seed = seed
+    quantizer.train(np.ascontiguousarray(features.numpy(), dtype=np.float32))
+    centroids = faiss.vector_to_array(quantizer.centroids).reshape(M, 2**bits, D // M)
+    return F.normalize(torch.from_numpy(centroids), dim=-1)
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """A classifier of the gallery's space: the mean feature of each class, scaled to unit length.
+
+        w[c] = mean of features[n] over labels[n] = c,  divided by its L2 norm
+
+    Args:
+        features: (N, D).
+        labels: (N,) class numbers.
+        classes: C.
+    Returns:
+        (C, D); 0 for a class without an image.
+    Source: stands for the gallery network's own classifier, which SSP's comparison with HVS and LCE
+        takes; one trained with the features would be that (Departure).
+    """
+    sums = features.new_zeros(classes, features.shape[1])
+    sums.index_add_(0, labels.to(features.device), features)
+    return F.normalize(sums, dim=-1)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, about)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"could not write {path}: {error}") from error  # safetensors has its own
+
+
+def _read(path: Path, kind: str, flag: str) -> tuple[Tensor, Mapping[str, str]]:
+    """The tensor of such a file, and its header."""
+    from safetensors import safe_open
+
+    name, maker = {
+        FEATURES: ("features", "extract_features.py"),
+        ANCHORS: ("anchors", "make_anchors.py"),
+    }[kind]
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != kind:
+                raise UserError(f"{flag}={path}: is not what {maker} writes")
+            return file.get_tensor(name), about
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{flag}={path}: no such file; {maker} makes it") from None
+    except Exception as error:  # safetensors raises an exception of its own, and OSError
+        raise UserError(
+            f"{flag}={path}: cannot be read ({error}); {maker} writes such files"
+        ) from error
