@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.lists import read_lines
-from data.unpickle import read_pickle
+from utils.unpickle import read_pickle
 from utils.errors import UserError
 
 SFM_NAMES = ("retrieval-SfM-120k", "retrieval-SfM-30k")

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.unpickle import read_pickle
 
 FEATURES, ANCHORS = "gallery-features", "gallery-anchors"
+PICKLES = (".pkl", ".pickle")
 LEAST_LENGTH = 1e-12  # of a feature: shorter ones have no direction
 
 
@@ -66,8 +68,8 @@ def read_gallery(
     """Read the features of a set, and check that they are of that set.
 
     Args:
-        path: .safetensors of `write_gallery`; or .npy, (N, D), whose rows are taken to be in the
-            order of the names.
+        path: .safetensors of `write_gallery`; or .npy, or .pkl of such an array, (N, D), whose rows
+            are taken to be in the order of the names.
         names: of the set's images; None: of whatever set.
         dataset: the set, as images of several have the same names; None: whatever set.
         flag: for messages.
@@ -81,6 +83,8 @@ def read_gallery(
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{flag}={path}: cannot be read as an array ({detail})") from error
         about: Mapping[str, str] = {}
+    elif path.suffix in PICKLES:
+        features, about = _array_of(path, flag), {}
     else:
         features, about = _read(path, FEATURES, flag)
     if features.dim() != 2 or not features.is_floating_point() or not features.numel():
@@ -107,6 +111,23 @@ def read_gallery(
         raise UserError(f"{flag}={path}: image {row} has a feature 0")
     # of unit length but for rounding; other networks' files are brought to it
     return Gallery(F.normalize(features), known, about.get("network", path.name), of_set)
+
+
+def _array_of(path: Path, flag: str) -> Tensor:
+    """The one array (N, D) of a pickle: itself, or a value of a dictionary, read without running
+    code from it."""
+    found = read_pickle(path, flag)
+    values = list(found.values()) if isinstance(found, dict) else [found]
+    arrays = [
+        v for v in values if isinstance(v, np.ndarray) and v.ndim == 2 and v.dtype.kind == "f"
+    ]
+    if len(arrays) != 1:
+        raise UserError(
+            f"{flag}={path}: holds {len(arrays)} arrays (N, D) of floating point; allowed is one, "
+            "as it is or in a dictionary"
+        )
+    # a copy that is aligned, in this machine's order of bytes, and may be written to
+    return torch.from_numpy(arrays[0].astype(arrays[0].dtype.newbyteorder("=")))
 
 
 def write_anchors(path: Path, anchors: Tensor, made_of: str) -> None:

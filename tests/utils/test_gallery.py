@@ -1,5 +1,7 @@
 """Files of gallery features and anchors: what comes back, what is refused, how anchors are made."""
 
+import pickle
+
 import faiss
 import numpy as np
 import pytest
@@ -330,3 +332,41 @@ def test_class_means_are_those_of_a_loop():
         else:
             assert not found[c].any()
     assert {3, 5} == {c for c in range(6) if not found[c].any()}
+
+
+# --- pickles, as the released code leaves them ----------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"feature": x, "names": ["a", "b"]}])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_an_array_in_a_pickle_is_read(wrap, protocol, tmp_path):
+    x = torch.nn.functional.normalize(torch.randn(40, 6))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(wrap(x.numpy()), protocol))
+    torch.testing.assert_close(read_gallery(tmp_path / "x.pkl", NAMES).features, x)
+
+
+class Opens:
+    """A pickle of it makes a file when it is loaded by Python's own module."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path):
+    mark = tmp_path / "mark"
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"feature": Opens(mark)}))
+    with pytest.raises(UserError, match=r"--features=.*x\.pkl.*io\.open"):
+        read_gallery(tmp_path / "x.pkl")
+    assert not mark.exists()
+    pickle.loads((tmp_path / "x.pkl").read_bytes())["feature"].close()
+    assert mark.exists()  # as it would have
+
+
+@pytest.mark.parametrize("found", [[], {"a": np.ones((3, 2)), "b": np.ones((3, 2))}, np.ones(3)])
+def test_a_pickle_without_one_array_is_told(found, tmp_path):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(found))
+    with pytest.raises(UserError, match=r"holds [02] arrays \(N, D\)"):
+        read_gallery(tmp_path / "x.pkl")

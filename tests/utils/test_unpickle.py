@@ -12,8 +12,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from data.unpickle import DEEPEST, read_pickle
 from utils.errors import UserError
+from utils.unpickle import DEEPEST, read_pickle
 
 PROTOCOLS = range(6)
 
