@@ -1,0 +1,55 @@
+"""scripts/compare_asymmetric.py: figures of runs, costs, what it refuses."""
+
+import json
+import shutil
+
+import pytest
+from small_cifar import log_of
+
+from scripts import compare_asymmetric
+from utils.errors import UserError
+
+
+def test_the_table_has_the_last_figures_of_all_runs(finished_ssp, finished_gpq, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(finished_ssp, other)
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        if entry["kind"] == "eval":
+            entry["mAP@all"] += 0.1 if entry["distance"] == "query-gallery" else 0
+    (other / "metrics.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
+    account = json.loads((other / "args.json").read_text())
+    account["args"]["seed"] = 5
+    (other / "args.json").write_text(json.dumps(account))
+    groups = ["--group", "two", str(finished_ssp), str(other), "--group", "one", str(other)]
+    places = [f"--gallery={finished_gpq}", f"--output_dir={tmp_path}", "--rounds=2"]
+    compare_asymmetric.main([*places, *groups])
+    gallery, two, one = json.loads((tmp_path / "table.json").read_text())
+    last = {e["distance"]: e["mAP@all"] for e in log_of(finished_ssp, "eval")[-3:]}
+    assert two["runs"] == 2
+    assert two["query-gallery"]["mAP@all"] == pytest.approx(last["query-gallery"] + 0.05)
+    assert two["query-gallery"]["deviation"] == pytest.approx(0.1 / 2**0.5)
+    assert two["query-query"] == {"mAP@all": pytest.approx(last["query-query"]), "deviation": 0.0}
+    assert one["query-gallery"]["mAP@all"] == pytest.approx(last["query-gallery"] + 0.1)
+    assert one["query-gallery"]["deviation"] is None
+    assert gallery["times_cheaper"] == 1
+    assert two["macs"] > 0 and two["parameters"] > 0 and two["ms"] > 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "table.md").read_text()
+    assert f"{last['gallery-gallery']:.4f}" in printed
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_refused(finished_ssp, finished_gpq, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished_ssp, other)
+    account = json.loads((other / "args.json").read_text())
+    account["args"]["lr"] = 7
+    (other / "args.json").write_text(json.dumps(account))
+    places = [f"--gallery={finished_gpq}", f"--output_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"differs from .* in --lr, not only in seed"):
+        compare_asymmetric.main([*places, "--group", "x", str(finished_ssp), str(other)])
+    with pytest.raises(UserError, match=r"no evaluated run of main_SSP\.py"):
+        compare_asymmetric.main([*places, "--group", "x", str(finished_gpq)])
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        compare_asymmetric.main([*places, "--group", "x", str(tmp_path)])
