@@ -11,6 +11,8 @@ from pathlib import Path
 
 from data.augment import AUGMENTATIONS, CROP_FLIP
 from data.images import MAX_PIXELS
+from data.landmark_images import LONGEST
+from data.landmarks import REVISITED_NAMES
 from data.splits import DATASETS, PROTOCOL_HELP, PROTOCOLS, TOP_N, UNLABELLED
 from models import QUANTIZERS
 from models.trunks import OWN, STEMS, check_arch, default_stem, has_fixed_size
@@ -239,6 +241,121 @@ def anchors_parser() -> Parser:
         help="features a centroid that k-means looks at",
     )
     flag("--seed", type=number(int, 0, high=2**31 - 1), default=0, metavar="N", help="of k-means")
+    return parser
+
+
+# --gallery and --query of evaluate_landmarks.py: name -> kind of embedding network, trunk
+PUBLISHED = {"r101-delg": ("delg", "resnet101"), "r101-gem": ("gem", "resnet101")}
+
+
+def scale_list(text: str) -> tuple[float, ...]:
+    return tuple(positive(word) for word in text.split(","))
+
+
+def landmarks_parser() -> Parser:
+    """The parser of evaluate_landmarks.py."""
+    parser = Parser(
+        prog="evaluate_landmarks.py",
+        description="Score networks on revisited Oxford or Paris: easy, medium and hard, queries "
+        "by one network against a database by another.",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument
+    flag("--dataset", choices=REVISITED_NAMES, required=True, help="which of the two")
+    flag(
+        "--data_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder that holds the set's folder (gnd_NAME.pkl and jpg), or is it",
+    )
+    flag(
+        "--distractors",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="put the million images of revisitop1m, also in --data_dir, into the database",
+    )
+    flag(
+        "--gallery",
+        required=True,
+        metavar="NETWORK",
+        help=f"network of the database: {' or '.join(PUBLISHED)}; a convolutional network of timm "
+        "with GeM and whitening (these with --gallery_weights); or checkpoint_last.pt or model.pt "
+        "of SPQ, GPQ or SSP, or a run's folder. SPQ, GPQ and SSP's networks for small images "
+        "learn from squares of one size: images are squeezed to it, at one scale",
+    )
+    flag(
+        "--gallery_weights",
+        type=Path,
+        metavar="FILE",
+        help="published weights, whitening included, .safetensors or torch's",
+    )
+    flag(
+        "--query",
+        metavar="NETWORK",
+        help="network of the queries, as --gallery (default: the gallery's)",
+    )
+    flag("--query_weights", type=Path, metavar="FILE", help="as --gallery_weights")
+    flag(
+        "--all_sides",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="also the figures of each network alone, queries and database by the same; both then "
+        "embed everything",
+    )
+    flag(
+        "--longest",
+        type=positive_int,
+        default=LONGEST,
+        metavar="PIXELS",
+        help="longer side that images, or queries once they are cut to their box, are reduced to",
+    )
+    flag(
+        "--scales",
+        type=scale_list,
+        default="1,1.4142,0.7071",
+        metavar="S,S,...",
+        help="of each image, whose embeddings are averaged",
+    )
+    flag(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the trunk; auto: the lower one where the device is faster in it",
+    )
+    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use")
+    flag(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: the GPU if there is one",
+    )
+    flag("--num_workers", type=positive_int, default=4, metavar="N", help="threads that decode")
+    flag(
+        "--max_pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="width * height of the largest image that is decoded",
+    )
+    flag(
+        "--features_dir",
+        type=Path,
+        metavar="DIR",
+        help="keep features here: a killed run goes on, and another with the same network, images "
+        "and settings need not embed again (default: they are not kept)",
+    )
+    flag("--output", type=Path, metavar="FILE", help="write the figures here, .json")
+    flag(
+        "--dry_run",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="only see whether everything is there: ground truth, each image, weights",
+    )
     return parser
 
 
@@ -1152,6 +1269,44 @@ def parse_anchors_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     _check_safetensors(parser, args)
     return args
+
+
+def parse_landmarks_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse evaluate_landmarks.py's command line; exits with code 2 on bad input."""
+    parser = landmarks_parser()
+    args = parser.parse_args(argv)
+    _check_landmark_network(parser, "--gallery", args.gallery, args.gallery_weights)
+    if args.query is not None:
+        _check_landmark_network(parser, "--query", args.query, args.query_weights)
+    elif args.query_weights is not None:
+        parser.error("--query_weights: of which network? Name it by --query")
+    elif args.all_sides:
+        parser.error("--all_sides: without --query there is one network, and all sides are one")
+    if args.output is not None and args.output.suffix != ".json":
+        parser.error(f"--output={args.output}: allowed is a name that ends in .json")
+    return args
+
+
+def _check_landmark_network(parser: Parser, flag: str, name: str, weights: Path | None) -> None:
+    """Networks by name need weights, and files have them."""
+    is_path = "/" in name or name.endswith(".pt") or Path(name).exists()
+    if name not in PUBLISHED and is_path:
+        if weights is not None:
+            parser.error(f"{flag}_weights: {flag}={name} is a file, which has its weights")
+        return
+    if name not in PUBLISHED:
+        try:
+            check_arch(name)
+        except ValueError as error:
+            parser.error(
+                f"{flag}={name}: is no file, and neither of {' and '.join(PUBLISHED)}; {error}"
+            )
+    if weights is None:
+        parser.error(
+            f"{flag}={name}: needs {flag}_weights, a file of the whole embedding network, GeM and "
+            "whitening included; with weights of the trunk alone the whitening would stay as it "
+            "was drawn. Allowed without are checkpoints of SPQ, GPQ and SSP"
+        )
 
 
 def _check_safetensors(parser: Parser, args: argparse.Namespace) -> None:
