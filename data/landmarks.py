@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from data.lists import read_lines
-from utils.unpickle import read_pickle
 from utils.errors import UserError
+from utils.unpickle import read_pickle
 
 SFM_NAMES = ("retrieval-SfM-120k", "retrieval-SfM-30k")
 SFM_PARTS = ("train", "val")
