@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.augment import AUGMENTATIONS, CROP_FLIP
+from data.augment import AUGMENTATIONS, CROP_FLIP, CROP_JITTER
 from data.images import MAX_PIXELS
+from data.landmark_batches import LANDMARK_DEFAULTS, LANDMARK_PROTOCOLS, LANDMARK_SETS
 from data.landmark_images import LONGEST
 from data.landmarks import REVISITED_NAMES
 from data.splits import DATASETS, PROTOCOL_HELP, PROTOCOLS, TOP_N, UNLABELLED
 from models import QUANTIZERS
+from models.embedding import PUBLISHED
 from models.trunks import OWN, STEMS, check_arch, default_stem, has_fixed_size
 from utils.evaluation import L2_DISTANCES
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
@@ -40,7 +42,9 @@ METHOD_FLAGS = {
     "pool": ("aml",),
     "negatives": ("aml",),
 }
+SSP_DATASETS = (*DATASETS, *LANDMARK_SETS)
 OLD_MARGINS = {"hvs": 0.15, "lce": 0.2}
+PIECES = ".pieces"  # added to the name of a file that is made piece by piece
 FIGURE_ENDINGS = (".png", ".svg", ".pdf", ".jpg")
 GPQ_WEIGHTS = ("n_pair_weight", "entropy_weight", "classification_weight")
 # of views that kornia or batched makes
@@ -139,12 +143,18 @@ def ssp_parser() -> Parser:
         parser,
         "paper: as released, for landmarks; fast: for images of 32 pixels",
     )
-    add_data_flags(parser)
+    add_data_flags(parser, datasets=SSP_DATASETS)
     add_pooling_flags(add_trunk_flags(parser, "mobilenetv2_100"))
     add_ssp_flags(parser)
-    add_augmentation_flags(parser, [CROP_FLIP, *sorted(AUGMENTATIONS)])
+    add_augmentation_flags(parser, [CROP_FLIP, CROP_JITTER, *sorted(AUGMENTATIONS)])
     rate = " (default: 0.001 * batch_size / 256)"
-    add_training_flags(parser, SSP_SCHEDULES, rate, " (default: half of the epochs)")
+    add_training_flags(
+        parser,
+        SSP_SCHEDULES,
+        rate,
+        "; from near 0, where the released code begins at 1e-4 (default: half of the epochs; "
+        "gldv2: 0.4 of them)",
+    )
     add_evaluation_flags(parser)
     add_run_flags(parser)
     parser.set_defaults(
@@ -174,10 +184,17 @@ def extract_parser() -> Parser:
     )
     parser.add_argument(
         "--gallery",
-        type=Path,
         required=True,
+        metavar="NETWORK",
+        help="the large network: checkpoint_last.pt or model.pt of SPQ or GPQ, or a run's folder; "
+        f"for landmarks also {' or '.join(PUBLISHED)}, or a convolutional network of timm with GeM "
+        "and whitening (these with --gallery_weights), or a run of SSP",
+    )
+    parser.add_argument(
+        "--gallery_weights",
+        type=Path,
         metavar="FILE",
-        help="the large network: checkpoint_last.pt or model.pt of SPQ or GPQ, or a run's folder",
+        help="published weights, whitening included, .safetensors or torch's",
     )
     parser.add_argument(
         "--output",
@@ -186,7 +203,36 @@ def extract_parser() -> Parser:
         metavar="FILE",
         help="where the features go, .safetensors",
     )
-    add_data_flags(parser, limits=False)
+    add_data_flags(parser, limits=False, datasets=SSP_DATASETS)
+    group = parser.add_argument_group("landmarks")
+    flag = group.add_argument
+    flag(
+        "--longest",
+        type=positive_int,
+        default=LONGEST,
+        metavar="PIXELS",
+        help="longer side that images are reduced to",
+    )
+    flag(
+        "--scales",
+        type=scale_list,
+        default="1",
+        metavar="S,S,...",
+        help="of each image, whose embeddings are averaged",
+    )
+    flag(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the trunk; auto: the lower one where the device is faster in it",
+    )
+    flag(
+        "--features_dir",
+        type=Path,
+        metavar="DIR",
+        help="keep features here, piece by piece, so that a killed run goes on; they may be "
+        "deleted once --output is whole (default: --output with .pieces at its end, deleted then)",
+    )
     flag = parser.add_argument
     flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use")
     flag(
@@ -214,7 +260,7 @@ def anchors_parser() -> Parser:
         type=Path,
         metavar="FILE",
         help="of another image set by the same gallery network, or of this one: what "
-        "extract_features.py wrote, or .npy (N, D)",
+        "extract_features.py wrote, or .npy or .pkl (N, D)",
     )
     source.add_argument(
         "--codebooks_of",
@@ -242,10 +288,6 @@ def anchors_parser() -> Parser:
     )
     flag("--seed", type=number(int, 0, high=2**31 - 1), default=0, metavar="N", help="of k-means")
     return parser
-
-
-# --gallery and --query of evaluate_landmarks.py: name -> kind of embedding network, trunk
-PUBLISHED = {"r101-delg": ("delg", "resnet101"), "r101-gem": ("gem", "resnet101")}
 
 
 def scale_list(text: str) -> tuple[float, ...]:
@@ -395,17 +437,29 @@ def add_recipe_flag(parser: Parser, meaning: str) -> None:
     )
 
 
-def add_data_flags(parser: Parser, limits: bool = True) -> None:
+def add_data_flags(parser: Parser, limits: bool = True, datasets: Sequence[str] = DATASETS) -> None:
     """Where the images are and how they are cropped; `limits`: and which of them are used."""
     group = parser.add_argument_group("data")
     flag = group.add_argument
     flag(
         "--dataset",
-        choices=DATASETS,
+        choices=datasets,
         default="cifar10",
         help="folder: your own images, all below --data_dir; lists: "
         "train.txt, test.txt (the queries) and database.txt in --data_dir, lines of a path and its "
-        "labels; README tells what the others need",
+        "labels; README tells what the others need"
+        + (
+            ". sfm120k, gldv2: landmarks, decoded from their files for each batch; they have no "
+            "queries (evaluate_landmarks.py), and defaults of their own: "
+            + "; ".join(
+                f"{name} --input_size={d.input_size} --batch_size={d.batch_size} "
+                f"--epochs={d.epochs} --augmentation={CROP_JITTER} "
+                f"--jitter_strength={d.jitter_strength:g}"
+                for name, d in LANDMARK_DEFAULTS.items()
+            )
+            if LANDMARK_SETS[0] in datasets
+            else ""
+        ),
     )
     flag(
         "--data_dir",
@@ -764,7 +818,7 @@ def add_ssp_flags(parser: Parser) -> None:
         default=None,
         metavar="FILE",
         help="of all images of the set by the gallery network: what extract_features.py wrote, or "
-        ".npy (N, D) with a row for each image of the set's listing; must be named",
+        ".npy or .pkl (N, D) with a row for each image of the set's listing; must be named",
     )
     flag(
         "--anchors",
@@ -845,6 +899,12 @@ def add_augmentation_flags(parser: Parser, choices: Sequence[str]) -> None:
             "; crop-flip: padded, cropped back to the image's size and mirrored, as released; the "
             "other flags of this group are not for it"
             if CROP_FLIP in choices
+            else ""
+        )
+        + (
+            f"; {CROP_JITTER}: a crop of at least 0.8 of the area (--crop_min_area), and colour "
+            "jitter (0.4, 0.4, 0.2, 0.1)"
+            if CROP_JITTER in choices
             else ""
         ),
     )
@@ -1162,6 +1222,8 @@ def parse_args(
     unset = argparse.Namespace(**dict.fromkeys(vars(args), _UNSET))
     said = vars(parser.parse_args(words, unset)).items()
     args.given = frozenset(name for name, value in said if value is not _UNSET)
+    if _method(parser) == "SSP":
+        _resolve_landmarks(args, frozenset(recipe))
     _resolve_data(parser, args)
     _resolve_model(parser, args)
     if _method(parser) == "SSP":
@@ -1257,17 +1319,39 @@ def parse_extract_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.given = frozenset(
         word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")
     )
-    args.validate, args.Top_N = False, None
+    args.validate, args.Top_N, args.eval_only = False, None, False
     _resolve_data(parser, args)
     _check_safetensors(parser, args)
+    if args.dataset in LANDMARK_SETS:
+        _check_landmark_network(parser, "--gallery", args.gallery, args.gallery_weights)
+        if "input_size" in args.given:
+            parser.error("--input_size: landmarks are embedded at their own aspect; --longest")
+        if args.features_dir is None:
+            args.features_dir = args.output.with_name(args.output.name + PIECES)
+        return args
+    args.gallery = Path(args.gallery)
+    unused = args.given & {"gallery_weights", "longest", "scales", "amp", "features_dir"}
+    if unused:
+        parser.error(
+            f"--{min(unused)}: does nothing with --dataset={args.dataset}; allowed with "
+            f"{' and '.join(LANDMARK_SETS)}"
+        )
     return args
 
 
 def parse_anchors_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse make_anchors.py's command line; exits with code 2 on bad input."""
     parser = anchors_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(words)
     _check_safetensors(parser, args)
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    unused = sorted(given & {"M", "bits", "iterations", "restarts", "max_points", "seed"})
+    if unused and args.codebooks_of is not None:
+        parser.error(
+            f"--{unused[0]}: does nothing with --codebooks_of, whose codebooks are taken as they "
+            "are; allowed with --features"
+        )
     return args
 
 
@@ -1314,6 +1398,24 @@ def _check_safetensors(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--output={args.output}: allowed is a name that ends in .safetensors")
 
 
+def _resolve_landmarks(args: argparse.Namespace, recipe: frozenset[str]) -> None:
+    """What landmark sets, and views of landmarks, have where neither a flag nor a recipe says
+    otherwise."""
+    given = args.given | recipe
+    found = LANDMARK_DEFAULTS.get(args.dataset)
+    if found is not None:
+        wanted = {"input_size": found.input_size, "batch_size": found.batch_size}
+        wanted |= {"epochs": found.epochs, "augmentation": CROP_JITTER}
+        vars(args).update({name: value for name, value in wanted.items() if name not in given})
+        if "warmup_epochs" not in given:
+            args.warmup_epochs = found.warmup_share * args.epochs
+    if args.augmentation == CROP_JITTER:
+        if "crop_min_area" not in given:
+            args.crop_min_area = 0.8
+        if found is not None and "jitter_strength" not in given:
+            args.jitter_strength = found.jitter_strength
+
+
 def _resolve_ssp(parser: Parser, args: argparse.Namespace, whole: bool) -> None:
     """What depends on --method."""
     if args.features is None and whole:
@@ -1349,7 +1451,20 @@ def _resolve_data(parser: Parser, args: argparse.Namespace) -> None:
     is_cifar = name.startswith("cifar")
     if not is_cifar and "data_dir" not in args.given:
         parser.error(f"--dataset={name}: needs --data_dir, the folder that it is in")
-    known = PROTOCOLS[name]
+    known = (PROTOCOLS | LANDMARK_PROTOCOLS)[name]
+    if name in LANDMARK_SETS:
+        for flag in ("image_dir", "if_download", "split"):
+            if getattr(args, flag):
+                parser.error(
+                    f"--{flag}: --dataset={name} is read as its authors lay it out; --data_dir "
+                    "says it all"
+                )
+        for flag in ("validate", "eval_only"):
+            if getattr(args, flag):
+                parser.error(
+                    f"--{flag}: {name} has no queries to score with; evaluate_landmarks.py scores "
+                    "on roxford5k and rparis6k"
+                )
     if args.protocol is not None and args.split is not None:
         parser.error("--protocol: contradicts --split, which is of one already")
     if args.protocol not in (None, *known):

@@ -1,31 +1,54 @@
 """Embed all images of a set by a gallery network: the first step of SSP.
 
 python extract_features.py --gallery=results/gpq_48bits_width32 --output=gallery.safetensors
+python extract_features.py --dataset=gldv2 --data_dir=landmarks --gallery=r101-delg \\
+    --gallery_weights=R101-DELG.pth --output=gldv2.safetensors
 """
+
+import os
+import shutil
+from argparse import Namespace
 
 import torch
 
-from args import parse_extract_args
+from args import PIECES, parse_extract_args
 from data.datasets import load_all
+from data.landmark_batches import LANDMARK_SETS, load_landmarks
 from models import OwnGallery
 from utils.cli import run_main
-from utils.device import choose_device
+from utils.device import choose_amp, choose_device
 from utils.distributed import Ranks
+from utils.embedders import load_network
 from utils.evaluation import as_batches
 from utils.gallery import Gallery, identify_names, write_gallery
+from utils.landmark_features import Images, kept_features
 from utils.progress import progress
 from utils.trained import load_trained
+
+PART = 10_000  # images of a list that are embedded one after the other under one name
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, embed, write."""
     args = parse_extract_args(argv)
     device = choose_device(args, Ranks())
+    of_landmarks = args.dataset in LANDMARK_SETS
+    gallery = (embed_landmarks if of_landmarks else embed_squares)(args, device)
+    write_gallery(args.output, gallery)
+    N, D = gallery.features.shape
+    print(f"{args.output}: {N} images, {D} dimensions, by {gallery.network}")
+    if of_landmarks and args.features_dir == args.output.with_name(args.output.name + PIECES):
+        shutil.rmtree(args.features_dir)
+
+
+def embed_squares(args: Namespace, device: torch.device) -> Gallery:
+    """Images of one size by a network of this project; of those that cannot be read, with
+    --skip_missing, the rows are NaN."""
     trained = load_trained(args.gallery, "--gallery")
     network = OwnGallery(trained.model).to(device).eval()
     if "input_size" not in args.given:
         args.input_size = trained.input_size
-    images, split = load_all(args)
+    images, split, unreadable = load_all(args)
     found = []
     with (
         torch.no_grad(),
@@ -34,12 +57,32 @@ def main(argv: list[str] | None = None) -> None:
         for batch in as_batches(images, args.input_size, device):
             found.append(network.describe(batch).cpu())
             bar.update(len(batch))
-    features = torch.cat(found)
+    x = torch.cat(found)
+    x[unreadable] = torch.nan
     told = f"{trained.method} {trained.args['arch']} {trained.identity[:16]}"
-    gallery = Gallery(features, identify_names(split.listing.names), told, split.dataset)
-    write_gallery(args.output, gallery)
-    N, D = features.shape
-    print(f"{args.output}: {N} images, {D} dimensions, by {told}")
+    return Gallery(x, identify_names(split.listing.names), told, split.dataset)
+
+
+def embed_landmarks(args: Namespace, device: torch.device) -> Gallery:
+    """Images at their own aspect; of missing ones, with --skip_missing, there are no rows."""
+    network = load_network(args.gallery, args.gallery_weights, "--gallery")
+    network.model.to(device)
+    args.amp = choose_amp(args.amp, device)
+    args.num_workers = args.num_workers or os.cpu_count()
+    found = load_landmarks(args)
+    rows = found.present()
+    names = [found.split.listing.names[row] for row in rows.tolist()]
+    x = torch.empty(len(names), network.model.embedding_dim)  # 13 GB of gldv2: no copies
+    # what is kept is known by its part of the list: an image that must be taken out, as it cannot
+    # be read, costs the features of its own part alone
+    start = 0
+    for part, n in enumerate(torch.bincount(rows // PART).tolist()):
+        here = slice(start, start + n)
+        if n:
+            images = Images(f"{args.dataset}-{part * PART:07d}", names[here])
+            x[here] = kept_features(network, images, args, device)
+        start += n
+    return Gallery(x, identify_names(names), network.told, args.dataset)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,24 @@
     python make_anchors.py --features=gallery.safetensors --output=anchors.safetensors
     python main_SSP.py --features=gallery.safetensors --anchors=anchors.safetensors --arch=cifar_vgg
 
+Landmarks, --dataset=sfm120k or gldv2, are decoded from their files for each batch;
+scripts/ssp_sfm.sh and its like have the commands.
+
 A large network embedded the gallery once; a light one learns to answer queries in the same space:
 its embedding must be as similar to anchors in that space as the gallery's feature is.
 """
 
+from argparse import Namespace
+from dataclasses import replace
 from functools import partial
+from shlex import quote
 
+import torch
 from torch import Tensor, nn
 
 from args import parse_args, ssp_parser
 from data.datasets import DataSet, load_dataset
+from data.landmark_batches import LANDMARK_SETS
 from data.views import taught_batches
 from losses import (
     hvs_loss,
@@ -23,11 +31,13 @@ from losses import (
     tuple_contrastive_loss,
 )
 from models import AsymmetricNetwork
+from models.embedding import PUBLISHED
 from utils.asymmetric import AsymmetricEvaluation
 from utils.cli import run_main
+from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.gallery import class_means, read_anchors, read_gallery
-from utils.loop import Trainer
+from utils.gallery import Gallery, class_means, identity_of, read_anchors, read_gallery
+from utils.loop import Trainer, kept_statistics
 from utils.pretrained import start_model
 from utils.report import report
 from utils.setup import Run, start_run
@@ -42,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
 
     data = load_dataset(args, run.device)
     run = run.with_data(data.split, data.used, data.left_out)
-    gallery = read_gallery(args.features, data.split.listing.names, data.split.dataset)
-    check_gallery(run, gallery.network)
-    features = {role: gallery.features[rows] for role, rows in data.rows.items()}
+    gallery = read_features(run, data)
+    check_gallery(run, gallery)
+    features = {role: of_rows(gallery.features, rows) for role, rows in data.rows.items()}
     labels = training_labels(args.method, data)
     classes = len(data.classes) if args.method in CLASSIFIES else 0
     D = gallery.features.shape[1]
@@ -54,24 +64,98 @@ def main(argv: list[str] | None = None) -> None:
     if data.query is not None:
         known = features["query"], features["database"]
         evaluate = AsymmetricEvaluation(data.query, data.db, known, args.input_size, args.Top_N)
-    trainer = build_trainer(run, model, data, features["train"], labels, evaluate)
+    trainer = build_trainer(
+        run, model, data, features["train"], labels, evaluate, anchors_for(run, gallery)
+    )
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
     report(run, trainer, metrics, data.classes, data.left_out)
+    if args.dataset in LANDMARK_SETS and run.ranks.is_main:
+        print(how_to_score(run, gallery.network))
 
 
-def check_gallery(run: Run, network: str) -> None:
-    """A training goes on with the gallery that it began with.
+def read_features(run: Run, data: DataSet) -> Gallery:
+    """The gallery's, a row for each image of the set's listing.
+
+    Of a landmark set with missing images they may also be of those alone that are there; rows of
+    the others are then 0, and nothing asks for them.
 
     Raises:
-        UserError: if it was another network's.
+        UserError: if they are of other images.
     """
-    saved = run.checkpoint["args"].get("gallery", network) if run.checkpoint else network
-    if saved != network and not run.args.eval_only:
+    path, names, dataset = run.args.features, data.split.listing.names, data.split.dataset
+    used = torch.cat(list(data.rows.values())).unique()
+    try:
+        return read_gallery(path, names, dataset, rows=used)
+    except UserError:
+        if run.args.dataset not in LANDMARK_SETS or not data.left_out:
+            raise
+        present = data.used.roles["train"]
+        known = [names[row] for row in present.tolist()]
+        try:
+            found = read_gallery(path, known, dataset)
+        except UserError:
+            found = None
+        if found is None:
+            raise
+    features = torch.zeros(len(names), found.features.shape[1])
+    features[present] = found.features
+    return replace(found, features=features)
+
+
+def of_rows(features: Tensor, rows: Tensor) -> Tensor:
+    """These rows; all of them without a copy, which of millions takes gigabytes."""
+    every = len(rows) == len(features) and torch.equal(rows, torch.arange(len(rows)))
+    return features if every else features[rows]
+
+
+def how_to_score(run: Run, network: str) -> str:
+    """The command that goes on with a query network for landmarks."""
+    name = network.split()[0]
+    gallery = f"{name} --gallery_weights=FILE" if name in PUBLISHED else "NETWORK"
+    return (
+        f"Score it on revisited Oxford (or rparis6k), its gallery network being {network}:\n"
+        f"  python evaluate_landmarks.py --dataset=roxford5k --data_dir=DIR --gallery={gallery} "
+        f"--query={quote(str(run.args.output_dir))}"
+    )
+
+
+def check_gallery(run: Run, gallery: Gallery) -> None:
+    """A training goes on with the gallery that it began with; an evaluation says if it has another.
+
+    Raises:
+        UserError: if it was another network's, or has embeddings of another dimension.
+    """
+    args, network = run.args, gallery.network
+    flags = run.checkpoint["args"] if run.checkpoint else {}
+    saved, D = flags.get("gallery", network), gallery.features.shape[1]
+    other = identity_of(saved) != identity_of(network)
+    if other and not args.eval_only:
         raise UserError(
-            f"--features={run.args.features}: are by {network}, and the run that "
-            f"--resume={run.args.resume} goes on with learns those by {saved}; give it these, or "
+            f"--features={args.features}: are by {network}, and the run that "
+            f"--resume={args.resume} goes on with learns those by {saved}; give it these, or "
             "begin another run"
         )
+    if flags.get("embedding_dim", D) != D:
+        raise UserError(
+            f"--features={args.features}: have {D} dimensions, and the network of "
+            f"--resume={args.resume} gives {flags['embedding_dim']}; give it features by {saved}, "
+            "which it learned from"
+        )
+    if other and run.ranks.is_main:
+        print(f"The features are by {network}, and the network learned from those by {saved}.")
+
+
+def anchors_for(run: Run, gallery: Gallery) -> Tensor | None:
+    """--anchors, where the training wants them.
+
+    Raises:
+        UserError: as `read_anchors`.
+    """
+    args = run.args
+    if args.method != "ssp" or args.anchors is None or args.eval_only:
+        return None
+    network = gallery.network if gallery.tells_network else None
+    return read_anchors(args.anchors, gallery.features.shape[1], network)
 
 
 def training_labels(method: str, data: DataSet) -> Tensor | None:
@@ -91,6 +175,21 @@ def training_labels(method: str, data: DataSet) -> Tensor | None:
     return labels[data.rows["train"]]
 
 
+def check_parts(args: Namespace, ranks: Ranks) -> None:
+    """
+    Raises:
+        UserError: if gradients of several processes would not be averaged. The loss of a batch in
+            parts is taken once, before the parts' backward passes; that of what it learns beside
+            the network would come outside of what DistributedDataParallel averages.
+    """
+    if args.method in CLASSIFIES and args.accumulate > 1 and ranks.world_size > 1:
+        raise UserError(
+            f"--accumulate={args.accumulate}: --method={args.method} learns its classifier in the "
+            f"loss, which {ranks.world_size} processes cannot take in parts; allowed is "
+            "--accumulate=1, with a smaller --batch_size or more processes"
+        )
+
+
 def build_trainer(
     run: Run,
     model: AsymmetricNetwork,
@@ -98,6 +197,7 @@ def build_trainer(
     features: Tensor,
     labels: Tensor | None,
     evaluate: AsymmetricEvaluation | None,
+    anchors: Tensor | None = None,
 ) -> Trainer:
     """The methods: one network, and what its embeddings are held against.
 
@@ -108,9 +208,13 @@ def build_trainer(
         features: the gallery's, of these images, (N, D) of unit length.
         labels: of these images, (N,); None where the method needs none.
         evaluate: what mAP is computed by; None without labels.
+        anchors: (M, K, d), for ssp.
+    Raises:
+        UserError: if a batch in parts, or the images, do not suit the method.
     """
     args, ranks, device = run.args, run.ranks, run.device
-    batches = taught_batches(args, data.train, features, labels, model, ranks)
+    check_parts(args, ranks)
+    batches = taught_batches(args, data.train, features, labels, model, ranks, data.pairs)
     if args.compile:
         model.trunk.compile(dynamic=False)
 
@@ -142,15 +246,15 @@ def build_trainer(
 
     def lce(old: Tensor, x: Tensor, gallery: Tensor, labels: Tensor) -> Tensor:
         new = model.classifier.weight
-        to_old = model.transform
-        return lce_loss(
-            x, to_old(x), labels, new, to_old(new), old, args.classification_scale, **margins
-        )
+        x_old = model.transform(x)
+        with kept_statistics(model.transform):  # which are those of embeddings
+            new_old = model.transform(new)
+        return lce_loss(x, x_old, labels, new, new_old, old, args.classification_scale, **margins)
 
     losses = {"regression": regression_loss, "aml": aml, "hvs": hvs, "lce": lce, "ssp": ssp}
     loss_of = losses[args.method]
-    if args.method == "ssp" and args.anchors is not None:
-        loss_of = partial(ssp, read_anchors(args.anchors, features.shape[1]).to(device))
+    if anchors is not None:
+        loss_of = partial(ssp, anchors.to(device))
     if args.method in CLASSIFIES:
         loss_of = partial(loss_of, class_means(features, labels, len(data.classes)).to(device))
     shape = embed_tuples if args.method == "aml" else embed

@@ -18,11 +18,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.codebooks_of is not None:
         trained = load_trained(args.codebooks_of, "--codebooks_of")
         anchors = F.normalize(trained.model.quantizer.codebooks.detach().float(), dim=-1)
-        made_of = f"the codebooks of {trained.method} {trained.identity[:16]}"
+        network = f"{trained.method} {trained.args['arch']} {trained.identity[:16]}"
+        made_of = f"the codebooks of {network}"
     else:
-        gallery = read_gallery(args.features)
+        gallery = read_gallery(args.features, rows="known")
+        known = ~gallery.features.isnan().any(dim=1)
+        features = gallery.features if known.all() else gallery.features[known]
         anchors = train_anchors(
-            gallery.features,
+            features,
             args.M,
             args.bits,
             args.iterations,
@@ -30,8 +33,12 @@ def main(argv: list[str] | None = None) -> None:
             args.max_points,
             args.seed,
         )
-        made_of = f"{len(gallery.features)} features by {gallery.network}"
-    write_anchors(args.output, anchors, made_of)
+        network = gallery.network if gallery.tells_network else None
+        made_of = f"{len(features)} features by {gallery.network}"
+        if not known.all():
+            missing = int((~known).sum())
+            print(f"{missing} images could not be read and have no features; made of the others")
+    write_anchors(args.output, anchors, made_of, network)
     M, K, d = anchors.shape
     print(f"{args.output}: {M} x {K} anchors of {d} dimensions, {made_of}")
 

@@ -1,4 +1,5 @@
-"""Augmentation on the device that trains: SimCLR's, by kornia and as one batched pass; GPQ's."""
+"""Augmentation on the device that trains: SimCLR's, by kornia and as one batched pass; GPQ's; that
+of landmarks."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from utils.evaluation import to_unit
 
 RATIO = (3 / 4, 4 / 3)  # of a crop, width / height
 JITTER = (0.4, 0.4, 0.4, 0.1)  # brightness, contrast, saturation, hue (in turns)
+LANDMARK_JITTER = (0.4, 0.4, 0.2, 0.1)
 P_FLIP, P_JITTER, P_GRAY, P_BLUR = 0.5, 0.8, 0.2, 0.5
 SIGMA = (0.1, 2.0)  # of the 3x3 blur, pixels
 LUMA = (0.299, 0.587, 0.114)  # gray value of red, green, blue
@@ -281,5 +283,37 @@ class CropFlip(nn.Module):
             return (self.transforms(centred) + self.colour).clamp_(0, 1)
 
 
+class CropJitter(nn.Module):
+    """uint8 images -> one random float view of each, by kornia: a crop and, with a strength, its
+    colours.
+
+    RandomResizedCrop(crop_size), ColorJitter(0.4, 0.4, 0.2, 0.1; p 0.8). Random numbers come from
+    torch's global generator: seeded runs repeat.
+
+    Args:
+        crop_size: side of the square crops, pixels.
+        min_area: smallest crop, as a share of the image.
+        strength: multiplies the four ranges of the colour jitter; 0 leaves colours as they are.
+    Source: SSP, section IV, its training on Google Landmarks v2: min_area 0.8, strength 1.
+    """
+
+    def __init__(self, crop_size: int, min_area: float = 0.8, strength: float = 1.0) -> None:
+        super().__init__()
+        size = (crop_size, crop_size)
+        steps: list[nn.Module] = [
+            K.RandomResizedCrop(size, (min_area, 1.0), RATIO, cropping_mode="resample")
+        ]
+        if strength:
+            steps.append(K.ColorJitter(*(strength * j for j in LANDMARK_JITTER), p=P_JITTER))
+        self.transforms = nn.Sequential(*steps)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 -> views (B, 3, crop_size, crop_size) float32 in [0, 1]."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.transforms(images.float() / 255.0).clamp_(0, 1)
+
+
 AUGMENTATIONS = {"kornia": SimCLRAugment, "batched": BatchedAugment}  # SimCLR's
 CROP_FLIP = "crop-flip"  # GPQ's, `CropFlip`
+CROP_JITTER = "crop-jitter"  # of landmarks, `CropJitter`

@@ -10,6 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.augment import CROP_JITTER
+from data.landmark_batches import (
+    LANDMARK_SETS,
+    DecodedSquares,
+    load_landmarks,
+    pairs_among,
+    square_side,
+)
 from data.manifest import Split
 from data.protocols import held_out
 from data.splits import cifar_pool, load_split, split_cifar, with_labels
@@ -23,7 +31,7 @@ SHOWN_FAULTS = 5
 MEMORY_SHARE = 0.25
 CGROUPS = Path("/sys/fs/cgroup")
 
-Images = Tensor | RowStore  # uint8 (N, 3, side, side); both are indexed by rows
+Images = Tensor | RowStore | DecodedSquares  # uint8 (N, 3, side, side); indexed by rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class DataSet:
         query, db: images and labels of the two sides; None where there are no labels.
         rows: of `split.listing`, for each of the roles train, query, database that has images here.
         left_out: how many images of the split could not be read.
+        pairs: (P, 2) places in `train` of a query and a positive, where the set names such.
     """
 
     split: Split
@@ -48,6 +57,7 @@ class DataSet:
     db: tuple[Images, Tensor] | None
     rows: Mapping[str, Tensor]
     left_out: int
+    pairs: Tensor | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -60,7 +70,8 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
 
     CIFAR's images are held as they are. All others are decoded once and squeezed to --input_size
     in a store below --cache_dir; from there they go into memory, and those that are trained on to
-    the device, if they take at most MEMORY_SHARE of it, and stay on disk otherwise.
+    the device, if they take at most MEMORY_SHARE of it, and stay on disk otherwise. Landmarks stay
+    in their files, and are decoded for each batch.
 
     Args:
         args: dataset, data_dir, image_dir, protocol, split, split_seed, if_download, validate,
@@ -72,6 +83,8 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
     Raises:
         UserError: if files are missing or damaged (without --skip_missing), or nothing is left.
     """
+    if args.dataset in LANDMARK_SETS:
+        return _load_landmarks(args)
     faults: Faults = []
     cpu = torch.device("cpu")
     if args.dataset.startswith("cifar"):
@@ -126,16 +139,32 @@ def load_dataset(args: Namespace, device: torch.device, semi: bool = False) -> D
     return DataSet(split, used, train, labelled, *sides, chosen, len(faults))
 
 
-def load_all(args: Namespace) -> tuple[Images, Split]:
-    """All images of a set, as its listing has them, whatever they are for.
+def _load_landmarks(args: Namespace) -> DataSet:
+    found = load_landmarks(args)
+    listing, rows = found.split.listing, found.present()[: args.limit_train]
+    side = args.input_size
+    if args.augmentation == CROP_JITTER:
+        side = square_side(max(args.crop_size, args.early_crop_size), args.crop_min_area)
+    names = [listing.names[row] for row in rows.tolist()]
+    images = DecodedSquares(args.data_dir, names, side, args.num_workers, args.max_pixels)
+    pairs = None
+    if found.pairs is not None:
+        pairs = pairs_among(found.pairs, rows, len(listing.names))
+    chosen = {"train": rows}
+    return DataSet(found.split, found.used, images, None, None, None, chosen, found.left_out, pairs)
+
+
+def load_all(args: Namespace) -> tuple[Images, Split, Tensor]:
+    """All images of a set, as its listing has them, whatever they are for; and the rows of those
+    that could not be read, which are black.
 
     Args:
         args: as for `load_dataset`, without limits.
     Raises:
-        UserError: if files are missing or damaged.
+        UserError: if files are missing or damaged (without --skip_missing).
     """
     if args.dataset.startswith("cifar"):
-        return _load_cifar(args)
+        return *_load_cifar(args), torch.empty(0, dtype=torch.int64)
     split = load_split(args)
     root, names = args.image_dir or args.data_dir, split.listing.names
     images, faults = store_images(
@@ -143,7 +172,8 @@ def load_all(args: Namespace) -> tuple[Images, Split]:
     )
     if faults:
         _without(split, faults, args, images.path.parent)
-    return images, split
+    bad = {name for name, _ in faults}
+    return images, split, torch.tensor([name in bad for name in names]).nonzero()[:, 0]
 
 
 def _used_roles(split: Split) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ CID = re.compile(r"[\w-]{6,}", re.ASCII)  # becomes folders: no dots, no slashes
 GLDV2_ID = re.compile(r"[\w-]{3,}", re.ASCII)
 LANDMARK = re.compile(r"[0-9]{1,18}")
 SHOWN = 3  # faults named in one message
+ASKED, ASKING = 1000, 16  # files that a thread asks for, and threads
 
 
 @dataclass(frozen=True)
@@ -296,8 +298,16 @@ def read_distractors(data_dir: Path, flag: str = "--data_dir") -> list[str]:
 
 
 def missing_files(paths: Iterable[str], root: Path) -> list[str]:
-    """Those of the paths that are no file below `root`, in their order."""
-    return [path for path in paths if not os.path.isfile(os.path.join(root, path))]
+    """Those of the paths that are no file below `root`, in their order; of millions on a network's
+    disk many are asked for at a time."""
+    paths = list(paths)
+
+    def missing(start: int) -> list[str]:
+        some = paths[start : start + ASKED]
+        return [path for path in some if not os.path.isfile(os.path.join(root, path))]
+
+    with ThreadPoolExecutor(ASKING) as pool:
+        return [path for part in pool.map(missing, range(0, len(paths), ASKED)) for path in part]
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -350,13 +360,16 @@ class _Dict:
 
     def get(self, key: str) -> object:
         if key not in self.value:
-            has = ", ".join(sorted(str(k)[:40] for k in self.value)[:12]) or "nothing"
+            told = sorted(k[:40] for k in self.value if isinstance(k, str))
+            has = ", ".join(told[:12]) or "nothing"
             raise self.fault(f"{key!r} is missing; there are {has}")
         return self.value[key]
 
     def items(self, key: str) -> list:
         value = self.get(key)
-        if isinstance(value, tuple) or (isinstance(value, np.ndarray) and value.ndim):
+        if isinstance(value, np.ndarray) and value.ndim != 1:
+            raise self.fault(f"{key!r} is an array of {value.ndim} dimensions; it must be a list")
+        if isinstance(value, (tuple, np.ndarray)):
             value = list(value)
         if not isinstance(value, list):
             raise self.fault(f"{key!r} is of type {type(value).__name__}; it must be a list")
@@ -378,11 +391,10 @@ class _Dict:
     def integers(self, key: str, n: int | None = None) -> np.ndarray:
         """A list of integers, in [0, n) if n is told -> (len,) int64."""
         listed = self.items(key)
-        try:
-            values = np.array(listed) if listed else np.empty(0, dtype=np.int64)
-        except ValueError:  # lists of several lengths
-            values = np.empty((), dtype=object)
-        if values.ndim != 1 or not np.can_cast(values.dtype, np.int64) or values.dtype == bool:
+        # before an array is made of it: nested lists ask for much memory
+        good = all(type(x) is int or isinstance(x, np.integer) for x in listed)  # no bool
+        values = np.array(listed if good else [], dtype=None if listed and good else np.int64)
+        if not good or not np.can_cast(values.dtype, np.int64):  # not what has more bits
             raise self.fault(f"{key!r} must be a list of integers")
         if n is not None and ((values < 0) | (values >= n)).any():
             outside = values[(values < 0) | (values >= n)][0]
@@ -393,9 +405,13 @@ class _Dict:
 def _box(entry: _Dict) -> np.ndarray:
     """(4,) float64."""
     listed = entry.items("bbx")
-    if len(listed) != 4 or not all(isinstance(x, (int, float, np.number)) for x in listed):
-        raise entry.fault("'bbx' must be 4 numbers: left, top, right, bottom")
-    box = np.array([float(x) for x in listed])
+    real = (int, float, np.integer, np.floating)
+    try:
+        if len(listed) != 4 or not all(isinstance(x, real) for x in listed):
+            raise TypeError
+        box = np.array([float(x) for x in listed])
+    except (OverflowError, TypeError):
+        raise entry.fault("'bbx' must be 4 numbers: left, top, right, bottom") from None
     if not np.isfinite(box).all() or (box[:2] >= box[2:]).any():
         raise entry.fault(
             f"'bbx' is {box.tolist()}; it must be left, top, right, bottom, with left < right and "

@@ -3,6 +3,7 @@ tuples of a query, its like, and what it is taken for."""
 
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,7 @@ def mine_tuples(
     pool: int,
     negatives: int,
     generator: torch.Generator,
+    pairs: Tensor | None = None,
 ) -> Tuples:
     """Hard tuples: each query with a random image of its cluster, and the images of other clusters
     whose gallery features are most like it, no two of one cluster.
@@ -82,10 +84,12 @@ def mine_tuples(
         pool: images, drawn at random, that negatives are looked for among.
         negatives: R of each query.
         generator: of the draw.
+        pairs: (P, 2) rows of queries and positives that match; queries are then drawn from these,
+            each with its own positive. None: as above.
     Returns:
         At most `queries` tuples.
     Raises:
-        UserError: if no cluster has two images, or there are too few clusters.
+        UserError: if no cluster has two images, or there is no pair, or too few clusters.
     Source: SSP, section IV, its comparison with AML; Radenovic et al. 2018. Departure: a positive
         is never among the negatives, which the released code does not see to.
     """
@@ -93,19 +97,17 @@ def mine_tuples(
     N = len(clusters)
     _, number, counts = clusters.unique(return_inverse=True, return_counts=True)
     able = (counts[number] > 1).nonzero()[:, 0]
-    if not len(able) or len(counts) <= negatives:
+    if not len(able if pairs is None else pairs) or len(counts) <= negatives:
         raise UserError(
             f"--method=aml: wants classes of two images or more, and more than {negatives} of them "
             f"(--negatives); this set has {len(counts)} classes, {len(able)} images in such"
+            + (f", {len(pairs)} pairs" if pairs is not None else "")
         )
-    query = able[torch.randperm(len(able), generator=generator)[:queries]]
-    order = number.argsort(stable=True)  # images of a cluster side by side
-    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(N)
-    own, size = place[query] - start[number[query]], counts[number[query]]
-    step = 1 + (torch.rand(len(query), generator=generator) * (size - 1)).long()
-    positive = order[start[number[query]] + (own + step) % size]  # never the query itself
+    if pairs is None:
+        query, positive = _random_pairs(number, counts, able, queries, generator)
+    else:
+        drawn = torch.randperm(len(pairs), generator=generator)[:queries]
+        query, positive = pairs[drawn].unbind(dim=1)
 
     rows = torch.randperm(N, generator=generator)[:pool]
     candidates, of_cluster = gallery[rows.to(gallery.device)], number[rows]
@@ -121,6 +123,21 @@ def mine_tuples(
         sim[number[part][:, None] == of_cluster] = -torch.inf
         found.append(_best_of_clusters(sim, rows, of_cluster, negatives, len(counts)))
     return Tuples(query, positive, torch.cat(found))
+
+
+def _random_pairs(
+    number: Tensor, counts: Tensor, able: Tensor, queries: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Queries among the rows `able`, and for each another image of its cluster."""
+    N = len(number)
+    query = able[torch.randperm(len(able), generator=generator)[:queries]]
+    order = number.argsort(stable=True)  # images of a cluster side by side
+    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)[:-1]])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(N)
+    own, size = place[query] - start[number[query]], counts[number[query]]
+    step = 1 + (torch.rand(len(query), generator=generator) * (size - 1)).long()
+    return query, order[start[number[query]] + (own + step) % size]  # never the query itself
 
 
 def _best_of_clusters(
@@ -185,6 +202,8 @@ class TupleBatches:
         self.augment_at, self.seed, self.ranks, self.device = augment_at, seed, ranks, device
         self.images = self.batch_size * (2 + negatives)
         self._mined: tuple[int, Tensor] | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -197,14 +216,32 @@ class TupleBatches:
         if self._mined is None or self._mined[0] != epoch:
             rows = self.mine(epoch).rows() if self.ranks.is_main else None
             self._mined = epoch, self.ranks.collect(rows)[0]  # the main rank's for all
-        share = self.batch_size // self.ranks.world_size
-        start = i * self.batch_size + self.ranks.rank * share
-        rows = self._mined[1][start : start + share]  # (B, 2 + R)
-        home = self.rows.device if isinstance(self.rows, Tensor) else "cpu"
-        images = self.rows[rows.flatten().to(home)].to(self.device)
+        rows = self._chosen(i)
+        images = self._images(step, rows).to(self.device)
         torch.manual_seed(zlib.crc32(f"{self.seed} {self.ranks.rank} {step} tuples".encode()))
         views = self.augment_at(step)(images).unflatten(0, rows.shape)
         return views, self.gallery[rows.to(self.gallery.device)].to(self.device)
+
+    def _chosen(self, i: int) -> Tensor:
+        """This rank's rows (B, 2 + R) of the i-th batch of the epoch."""
+        share = self.batch_size // self.ranks.world_size
+        start = i * self.batch_size + self.ranks.rank * share
+        return self._mined[1][start : start + share]
+
+    def _images(self, step: int, rows: Tensor) -> Tensor:
+        """Images of these rows; of those that are no tensor the next step's, if it is of the same
+        epoch, are read meanwhile by a thread."""
+        if isinstance(self.rows, Tensor):
+            return self.rows[rows.flatten().to(self.rows.device)]
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        ready = self._ahead is not None and self._ahead[0] == step
+        found = self._ahead[1].result() if ready else self.rows[rows.flatten()]
+        self._ahead = None
+        if i := (step + 1) % len(self):
+            following = self._chosen(i).flatten()
+            self._ahead = step + 1, self._reader.submit(self.rows.__getitem__, following)
+        return found
 
     def state(self) -> dict:
         """What a checkpoint must have, so that a resumed run goes on with the same tuples."""
@@ -214,4 +251,4 @@ class TupleBatches:
 
     def restore(self, state: dict) -> None:
         """Go on with what `state` gave."""
-        self._mined = (state["epoch"], state["rows"]) if state else None
+        self._mined, self._ahead = (state["epoch"], state["rows"]) if state else None, None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from data.augment import AUGMENTATIONS, CROP_FLIP, CropFlip
+from data.augment import AUGMENTATIONS, CROP_FLIP, CROP_JITTER, CropFlip, CropJitter
 from data.batches import (
     CachedViewBatches,
     DeviceBatches,
@@ -101,9 +101,11 @@ def taught_batches(
     labels: Tensor | None,
     model: AsymmetricNetwork,
     ranks: Ranks,
+    pairs: Tensor | None = None,
 ) -> TaughtBatches | TupleBatches:
     """What --method trains a query network with: views of images and the gallery's features of
-    them, with labels if it has them; or for aml tuples, mined anew each epoch.
+    them, with labels if it has them; or for aml tuples, mined anew each epoch, from `pairs` (P, 2)
+    of query and positive where the set names such.
 
     Raises:
         UserError: if there are too few images or classes.
@@ -114,7 +116,8 @@ def taught_batches(
         augment_at = augmentation_at(args, len(batches), device)
         ahead = batches_ahead(device, args.batch_size, args.crop_size)
         views = ViewBatches(batches, lambda step: [augment_at(step)], args.seed, ahead)
-        return TaughtBatches(views, gallery.to(device), None if labels is None else labels)
+        labels = None if labels is None else labels.to(device)
+        return TaughtBatches(views, gallery.to(device), labels)
 
     def describe(rows: Tensor) -> Tensor:
         was_training = model.training
@@ -128,9 +131,10 @@ def taught_batches(
     def mine(epoch: int) -> Tuples:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
         sizes = (args.tuples, args.pool, args.negatives)
-        return mine_tuples(describe, gallery.to(device), labels, *sizes, generator)
+        return mine_tuples(describe, gallery.to(device), labels, *sizes, generator, pairs)
 
-    tuples = min(args.tuples, able_queries(labels))
+    able = able_queries(labels) if pairs is None else len(pairs)
+    tuples = min(args.tuples, able)
     epoch_steps = max(1, tuples // args.batch_size)  # of fewer tuples all are in every batch
     return TupleBatches(
         images,
@@ -150,7 +154,7 @@ def augmentation(args: Namespace, size: int, device: torch.device) -> nn.Module:
     """--augmentation, of crops of `size` pixels."""
     if args.augmentation == CROP_FLIP:
         return CropFlip(size, [value / 255 for value in MEAN]).to(device)
-    make = AUGMENTATIONS[args.augmentation]
+    make = CropJitter if args.augmentation == CROP_JITTER else AUGMENTATIONS[args.augmentation]
     return make(size, args.crop_min_area, args.jitter_strength).to(device)
 
 

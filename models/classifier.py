@@ -42,7 +42,8 @@ class ResidualTransform(nn.Module):
 
     W1 (D/2, D) and W2 (D, D/2) have no bias, which batch norm would take away again; prelu has a
     slope for each of the D/2 channels. In training a batch needs two rows or more, and every call
-    moves the running statistics, that with class weights in place of embeddings too.
+    moves the running statistics; main_SSP.py keeps class weights, which are no embeddings, out of
+    them.
 
     Args:
         D: dimension of the embeddings, even.

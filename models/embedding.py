@@ -18,6 +18,8 @@ from models.network import QuantizationNetwork
 from models.pooling import GeM
 from models.trunks import TimmTrunk, build_trunk, check_arch, has_fixed_size
 
+# networks whose weights are published: name -> kind, trunk
+PUBLISHED = {"r101-delg": ("delg", "resnet101"), "r101-gem": ("gem", "resnet101")}
 KINDS = ("delg", "gem", "query", "small")
 TRIAL_SIZE = 128  # pixels; a network is tried with when it is built, some take no fewer than 75
 

@@ -6,7 +6,7 @@ r"""Query networks beside their gallery network: mAP of the three sides, and wha
 Each group has a name, and folders of main_SSP.py's runs that differ in their seed alone. The table
 (`table.md`, also printed; `table.json`) has mean and standard deviation over them, of the last
 evaluation. Costs are of one image: parameters, multiply-accumulates, and the median time on one
-thread of a CPU.
+thread of a CPU. All networks take turns at it, so that a busy machine slows all of them.
 """
 
 import json
@@ -28,6 +28,8 @@ from utils.flags import HelpFormatter, Parser, number
 from utils.logging import read_metrics
 from utils.trained import build_from_flags, load_trained
 
+WARM_UP = 3  # rounds that are not timed
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read, time, print."""
@@ -47,14 +49,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     trained = load_trained(args.gallery, "--gallery")
-    gallery = costs_of(OwnGallery(trained.model), trained.input_size, args.rounds)
-    rows = [{"name": "gallery network", "runs": 0} | gallery]
+    networks: list[tuple[nn.Module, int]] = [(OwnGallery(trained.model), trained.input_size)]
+    rows = [{"name": "gallery network", "runs": 0}]
     for name, *folders in args.group:
         if not folders:
             parser.error(f"--group {name}: needs folders of runs")
-        rows.append({"name": name} | figures_of([Path(f) for f in folders], args.rounds))
+        figures, flags = figures_of([Path(f) for f in folders], trained.identity[:16])
+        rows.append({"name": name} | figures)
+        networks.append((query_network(flags), flags["input_size"]))
+    for row, costs in zip(rows, costs_of(networks, args.rounds), strict=True):
+        row |= costs
     for row in rows:
-        row["times_cheaper"] = gallery["ms"] / row["ms"]
+        row["times_cheaper"] = rows[0]["ms"] / row["ms"]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     table = table_of(rows)
     (args.output_dir / "table.md").write_text(table)
@@ -62,12 +68,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table, end="")
 
 
-def figures_of(folders: Sequence[Path], rounds: int) -> dict:
-    """mAP of the last evaluation on each side, mean and deviation over runs, and the costs.
+def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
+    """mAP of the last evaluation on each side, mean and deviation over runs; and their flags.
 
+    Args:
+        folders: of runs.
+        gallery: the first 16 hex digits of the gallery network's identity.
     Raises:
-        UserError: if a folder is not that of a run of main_SSP.py, or runs differ in more than
-            their seed.
+        UserError: if a folder is not that of a run of main_SSP.py, or of one that learned from
+            another gallery, or runs differ in more than their seed, do not differ in it, or
+            were last evaluated after other steps.
     """
     found, flags = [], []
     for folder in folders:
@@ -79,9 +89,18 @@ def figures_of(folders: Sequence[Path], rounds: int) -> dict:
         saved = [account, *account.get("resumed", [])][-1]["args"]
         if "embedding_dim" not in saved or not entries:
             raise UserError(f"{folder}: holds no evaluated run of main_SSP.py")
+        if gallery not in saved.get("gallery", ""):
+            raise UserError(
+                f"{folder}: learned from {saved.get('gallery')}, and --gallery is {gallery}; "
+                "compare it with its own gallery network"
+            )
         flags.append(saved)
         found.append({e["distance"]: e for e in entries if e["step"] == entries[-1]["step"]})
     free = {"seed", "output_dir", "resume", "eval_epoch", "log_every", "data_dir", "cache_dir"}
+    free |= {"overwrite", "num_workers", "device", "gpu_id", "max_minutes", "max_steps"}
+    free |= {"checkpoint_every"}
+    steps = [figures[SIDES[0]]["step"] for figures in found]
+    of_seed: dict[int, Path] = {}
     for folder, saved in zip(folders, flags, strict=True):
         known = sorted({*saved, *flags[0]} - free)
         other = [name for name in known if saved.get(name) != flags[0].get(name)]
@@ -89,34 +108,52 @@ def figures_of(folders: Sequence[Path], rounds: int) -> dict:
             raise UserError(
                 f"{folder}: differs from {folders[0]} in --{other[0]}, not only in seed"
             )
+        if (same := of_seed.setdefault(saved["seed"], folder)) is not folder:
+            raise UserError(
+                f"{folder}: has --seed={saved['seed']} as {same} has; allowed is a run of each seed"
+            )
+    for folder, step in zip(folders, steps, strict=True):
+        if step != steps[0]:
+            raise UserError(
+                f"{folder}: was last evaluated after step {step}, and {folders[0]} after "
+                f"{steps[0]}; train the shorter one to its end with --resume=auto"
+            )
     metrics = {}
     for side in SIDES:
         values = [figures[side]["mAP@all"] for figures in found]
         deviation = statistics.stdev(values) if len(values) > 1 else None
         metrics[side] = {"mAP@all": statistics.mean(values), "deviation": deviation}
-    network = build_from_flags("SSP", flags[0])
+    return {"runs": len(folders), **metrics}, flags[0]
+
+
+def query_network(flags: dict) -> nn.Module:
+    """The network of a run's flags, untrained; its costs are those of the trained one."""
+    network = build_from_flags("SSP", flags)
     # what is thrown away after the training is no part of a query's cost
     network.classifier = None
-    return {"runs": len(folders), **metrics} | costs_of(network, flags[0]["input_size"], rounds)
+    return network
 
 
 @torch.no_grad()
-def costs_of(network: nn.Module, size: int, rounds: int) -> dict:
-    """Parameters, multiply-accumulates, and median milliseconds of one image on one thread."""
-    costs, threads = count_costs(Describes(network), size), torch.get_num_threads()
-    network.eval()
+def costs_of(networks: Sequence[tuple[nn.Module, int]], rounds: int) -> list[dict]:
+    """Of each network with its side of images: parameters, multiply-accumulates, and median
+    milliseconds of one image on one thread. In each round each network has its turn."""
+    costs = [count_costs(Describes(network.eval()), size) for network, size in networks]
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        image, times = torch.rand(1, 3, size, size), []
-        for _ in range(3):
-            network.describe(image)
-        for _ in range(rounds):
-            start = time.perf_counter()
-            network.describe(image)
-            times.append(1000 * (time.perf_counter() - start))
+        times: list[list[float]] = [[] for _ in networks]
+        images = [torch.rand(1, 3, size, size) for _, size in networks]
+        for i in range(WARM_UP + rounds):
+            for (network, _), image, taken in zip(networks, images, times, strict=True):
+                start = time.perf_counter()
+                network.describe(image)
+                if i >= WARM_UP:
+                    taken.append(1000 * (time.perf_counter() - start))
     finally:
         torch.set_num_threads(threads)
-    return costs | {"ms": statistics.median(times)}
+    pairs = zip(costs, times, strict=True)
+    return [found | {"ms": statistics.median(taken)} for found, taken in pairs]
 
 
 class Describes(nn.Module):

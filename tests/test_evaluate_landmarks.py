@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_images import save_model
 
-import evaluate_landmarks
 from args import parse_landmarks_args
-from evaluate_landmarks import load_network, main
+from evaluate_landmarks import main
 from models import OwnGallery, build_embedding
+from utils import landmark_features
 from utils.checkpoint import LAST, save_checkpoint
 from utils.cli import run_main
+from utils.embedders import load_network
 from utils.errors import UserError
 from utils.gallery import read_gallery
 from utils.trained import build_from_flags, load_trained
@@ -134,13 +135,13 @@ def figures(path):
 def passes(monkeypatch):
     """Sizes of the images that went through a network."""
     seen = []
-    real = evaluate_landmarks.multiscale_features
+    real = landmark_features.multiscale_features
 
     def counting(network, image, scales):
         seen.append(tuple(image.shape[1:]))
         return real(network, image, scales)
 
-    monkeypatch.setattr("evaluate_landmarks.multiscale_features", counting)
+    monkeypatch.setattr("utils.landmark_features.multiscale_features", counting)
     return seen
 
 
@@ -324,9 +325,9 @@ def test_another_image_of_the_same_name_makes_new_features(landmarks, gallery, t
 
 
 def test_a_killed_run_is_gone_on_with(landmarks, gallery, tmp_path, monkeypatch, passes):
-    monkeypatch.setattr("evaluate_landmarks.PIECE", 4)
+    monkeypatch.setattr("utils.landmark_features.PIECE", 4)
     kept = f"--features_dir={tmp_path / 'features'}"
-    counting = evaluate_landmarks.multiscale_features
+    counting = landmark_features.multiscale_features
 
     def deadly(network, image, scales):
         if len(passes) == 6:  # in the second piece of the database
@@ -334,7 +335,7 @@ def test_a_killed_run_is_gone_on_with(landmarks, gallery, tmp_path, monkeypatch,
         return counting(network, image, scales)
 
     with monkeypatch.context() as patch:
-        patch.setattr("evaluate_landmarks.multiscale_features", deadly)
+        patch.setattr("utils.landmark_features.multiscale_features", deadly)
         with pytest.raises(KeyboardInterrupt):
             run(landmarks, *gallery[1], kept)
     assert [path.name for path in tmp_path.glob("features/*/*")] == ["0000000.safetensors"]
@@ -419,6 +420,13 @@ def test_weights_that_do_not_fit(gallery, query, landmarks, tmp_path):
         save_checkpoint(tmp_path / "bad.pt", ssp_state(weights, **changes))
         with pytest.raises(UserError, match="is damaged: its weights and its flags do not fit"):
             load_network(str(tmp_path / "bad.pt"), None, "--query")
+    # a small file, which asks for as much memory as it likes
+    few = {n: v.flatten()[:1].clone().expand(v.shape) if v.dim() else v for n, v in weights.items()}
+    none = {name: value.to("meta") for name, value in weights.items()}
+    for small in (few, none):
+        save_checkpoint(tmp_path / "small.pt", ssp_state(small))
+        with pytest.raises(UserError, match="weights that are larger than their file"):
+            load_network(str(tmp_path / "small.pt"), None, "--query")
     with pytest.raises(UserError, match=f"--query={landmarks}: holds neither {LAST} nor model"):
         load_network(str(landmarks), None, "--query")
     weights = {name: value.clone() for name, value in weights.items()}

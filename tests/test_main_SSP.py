@@ -1,11 +1,14 @@
 """The three commands of SSP from end to end on small sets: features, anchors, training."""
 
+import copy
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +27,12 @@ from args import SSP_METHODS
 from models import OwnGallery
 from utils.asymmetric import SIDES
 from utils.checkpoint import LAST, load_checkpoint, save_checkpoint
+from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.gallery import Gallery, read_anchors, read_gallery, write_gallery
 from utils.loop import TrainingStopped
 from utils.pretrained import read_weights
+from utils.setup import Run
 from utils.trained import build_from_flags, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -304,6 +309,43 @@ def test_what_is_held_against_what(
     torch.testing.assert_close(loss_of(x, g, labels), want, rtol=1e-4, atol=1e-4)
 
 
+def test_class_weights_do_not_move_the_statistics_of_embeddings(
+    features, small_set, tmp_path, monkeypatch
+):
+    class Told(Exception):
+        pass
+
+    def trainer(args, name, model, embed, loss_of, *rest):
+        raise Told(model, loss_of)
+
+    monkeypatch.setattr("main_SSP.Trainer", trainer)
+    with pytest.raises(Told) as told:
+        run_ssp(small_set, tmp_path, features, "--method=lce")
+    model, loss_of = told.value.args
+    alone = copy.deepcopy(model.train())
+    x, g = (F.normalize(torch.randn(20, 12), dim=1) for _ in range(2))
+    loss_of(x, g, torch.arange(20) % 10)
+    alone.transform(x)
+    want = alone.transform.state_dict()
+    moved = {n: v for n, v in model.transform.state_dict().items() if "running" in n}
+    assert len(moved) == 4
+    for name, value in moved.items():
+        assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("method", ["hvs", "lce"])
+def test_what_learns_in_the_loss_takes_no_parts_in_several_processes(method):
+    args = Namespace(method=method, accumulate=2)
+    message = rf"--accumulate=2: --method={method} .* 2 processes .*; allowed is --accumulate=1,"
+    with pytest.raises(UserError, match=message):
+        main_SSP.build_trainer(
+            Run("SSP", args, torch.device("cpu"), Ranks(0, 2), None), *5 * [None]
+        )
+    for fine in (Namespace(method=method, accumulate=1), Namespace(method="ssp", accumulate=2)):
+        main_SSP.check_parts(fine, Ranks(0, 2))
+    main_SSP.check_parts(args, Ranks())
+
+
 def test_flags_reach_the_losses_that_they_are_for(
     finished_methods, features, anchors, small_set, tmp_path, no_pictures
 ):
@@ -419,7 +461,7 @@ def test_other_methods_do_not_go_on_with_it(
 
 
 def test_a_training_keeps_its_gallery(
-    finished_ssp, features, anchors, small_set, tmp_path, no_grid
+    finished_ssp, features, anchors, small_set, tmp_path, no_grid, capsys
 ):
     known = read_gallery(features)
     other = Gallery(known.features.roll(1, 1), known.names_sha256, "GPQ another", "cifar10")
@@ -430,8 +472,30 @@ def test_a_training_keeps_its_gallery(
         resumed = [anchors, f"--resume={finished_ssp}"]
         run_ssp(small_set, tmp_path / "run", tmp_path / "other.safetensors", *resumed)
     # what it is searched with may be asked all the same
+    capsys.readouterr()
     found = evaluated(small_set, tmp_path, tmp_path / "other.safetensors", finished_ssp)
     assert found[0]["mAP@all"] < log_of(finished_ssp, "eval")[-3]["mAP@all"]
+    said = f"features are by GPQ another, and the network learned from those by {known.network}."
+    assert said in capsys.readouterr().out
+    wide = Gallery(torch.randn(360, 16), known.names_sha256, "GPQ another", "cifar10")
+    write_gallery(tmp_path / "wide.safetensors", wide)
+    message = rf"^--features=.*: have 16 dimensions, and the network of .* gives 12; .* by {wanted}"
+    with pytest.raises(UserError, match=message):
+        evaluated(small_set, tmp_path, tmp_path / "wide.safetensors", finished_ssp)
+
+
+def test_a_training_keeps_its_array_whatever_its_name(features, small_set, tmp_path, no_pictures):
+    x = read_gallery(features).features.numpy()
+    flags = ["--method=regression", *FEW]
+    np.save(tmp_path / "x.npy", x)
+    run_ssp(small_set, tmp_path / "run", tmp_path / "x.npy", *flags, "--max_steps=1")
+    np.save(tmp_path / "x.npy", x[::-1].copy())
+    with pytest.raises(UserError, match=r"are by x\.npy .* learns those by x\.npy "):
+        run_ssp(small_set, tmp_path / "run", tmp_path / "x.npy", *flags, "--resume=auto")
+    np.save(tmp_path / "y.npy", x)
+    more = [*flags, "--resume=auto", "--max_steps=2"]
+    run_ssp(small_set, tmp_path / "run", tmp_path / "y.npy", *more)
+    assert [e["step"] for e in log_of(tmp_path / "run", "train")] == [1, 2]
 
 
 def test_a_query_network_s_trunk_starts_another(
@@ -472,6 +536,42 @@ def test_anchors_for_other_features_are_refused(features, tiny_model, small_set,
         run_ssp(small_set, tmp_path / "run", features, f"--anchors={made}")
 
 
+def test_anchors_of_another_gallery_are_refused(
+    features, gallery, anchors, finished_gpq, small_set, tmp_path, no_pictures
+):
+    known = read_gallery(features)
+    other = Gallery(known.features, known.names_sha256, "GPQ a 0123456789abcdef", "cifar10")
+    write_gallery(tmp_path / "other.safetensors", other)
+    made = tmp_path / "codebooks.safetensors"
+    make_anchors.main([f"--codebooks_of={finished_gpq}", f"--output={made}"])
+    for flag in (anchors, f"--anchors={made}"):
+        message = rf"are in the space of {known.network}, and the features are by GPQ a 0123"
+        with pytest.raises(UserError, match=message):
+            run_ssp(small_set, tmp_path / "run", tmp_path / "other.safetensors", flag)
+    # an array does not tell
+    np.save(tmp_path / "x.npy", known.features.numpy())
+    run_ssp(small_set, tmp_path / "run", tmp_path / "x.npy", anchors, "--max_steps=1", *FEW)
+
+
+def test_images_that_cannot_be_read_have_no_features(finished_gpq, tmp_path, capsys, no_pictures):
+    images = make_images(tmp_path / "images", [f"{i}.png" for i in range(24)])
+    (images / "5.png").write_bytes(b"no image")
+    out, where = tmp_path / "f.safetensors", ["--dataset=folder", "--input_size=32"]
+    where += [f"--cache_dir={tmp_path / 'cache'}", "--device=cpu", "--skip_missing"]
+    words = [f"--gallery={finished_gpq}", f"--output={out}", f"--data_dir={images}"]
+    extract_features.main([*words, *where])
+    x = read_gallery(out, rows="known").features
+    names = sorted(path.name for path in images.iterdir())
+    assert x.isnan().any(dim=1).nonzero()[:, 0].tolist() == [names.index("5.png")]
+    flags = [*where, "--method=regression", "--max_steps=1"]
+    run_ssp(images, tmp_path / "run", out, *flags)
+    assert math.isfinite(log_of(tmp_path / "run", "train")[0]["loss"])
+    # and of an image that is there again
+    shutil.copy(images / "4.png", images / "5.png")
+    with pytest.raises(UserError, match=r"'5\.png', has a feature that is not finite"):
+        run_ssp(images, tmp_path / "again", out, *flags, f"--cache_dir={tmp_path / 'new'}")
+
+
 def test_labels_are_for_the_methods_that_need_them(finished_gpq, tmp_path, capsys):
     """A folder without labels: what it trains and what it does not."""
     images = make_images(tmp_path / "images", [f"{i}.png" for i in range(24)])
@@ -505,7 +605,7 @@ def test_several_labels_are_evaluated_but_teach_no_classifier(tmp_path, no_pictu
     evals = log_of(tmp_path / "run", "eval")
     assert [(e["distance"], e["queries"]) for e in evals] == [(side, 10) for side in SIDES]
     assert "mAP@50" not in evals[0]
-    assert load_checkpoint(tmp_path / "run" / LAST)["args"]["gallery"] == "x.npy"
+    assert load_checkpoint(tmp_path / "run" / LAST)["args"]["gallery"].startswith("x.npy ")
 
 
 # --- batches in parts, processes, other networks --------------------------------------------------

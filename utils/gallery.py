@@ -6,9 +6,11 @@ plain .npy array. Neither can run code.
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,19 +32,28 @@ class Gallery:
     Attributes:
         features: (N, D) float32 of unit length, a row for each image of the set's listing.
         names_sha256: `identify_names` of that listing; None of a file that does not tell.
-        network: what made them, in words.
+        network: what made them, in words, `identity_of` it at the end.
         dataset: of the images, "cifar10"; None of a file that does not tell.
+        tells_network: whether `network` is one's; an array has its file's name and a hash.
     """
 
     features: Tensor
     names_sha256: str | None
     network: str
     dataset: str | None = None
+    tells_network: bool = True
+
+
+def identity_of(network: str) -> str:
+    """What tells a network from others: the 16 hex digits that end its words, or else all of it."""
+    last = network.rpartition(" ")[2]
+    return last if re.fullmatch(r"[0-9a-f]{16}", last) else network
 
 
 def identify_names(names: Sequence[str]) -> str:
     """SHA-256 of the names of a set's images, in their order."""
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()
+    joined = "\0".join(names).encode(errors="surrogateescape")  # of names that are not UTF-8
+    return hashlib.sha256(joined).hexdigest()
 
 
 def write_gallery(path: Path, gallery: Gallery) -> None:
@@ -51,7 +62,9 @@ def write_gallery(path: Path, gallery: Gallery) -> None:
     Raises:
         OSError: if they cannot be written; an old file stays.
     """
-    about = {"format": FEATURES, "network": gallery.network}
+    about = {"format": FEATURES}
+    if gallery.tells_network:
+        about["network"] = gallery.network
     if gallery.names_sha256 is not None:
         about["names_sha256"] = gallery.names_sha256
     if gallery.dataset is not None:
@@ -64,6 +77,7 @@ def read_gallery(
     names: Sequence[str] | None = None,
     dataset: str | None = None,
     flag: str = "--features",
+    rows: Tensor | Literal["known"] | None = None,
 ) -> Gallery:
     """Read the features of a set, and check that they are of that set.
 
@@ -73,6 +87,8 @@ def read_gallery(
         names: of the set's images; None: of whatever set.
         dataset: the set, as images of several have the same names; None: whatever set.
         flag: for messages.
+        rows: (n,), those that are used, and alone must be features; "known": all but those of NaN,
+            which stand for images that could not be read; None: all.
     Raises:
         UserError: if there is no such file, or it is of other images, or holds what is no feature.
     """
@@ -103,14 +119,30 @@ def read_gallery(
             "extract_features.py and the same --dataset and --data_dir"
         )
     features = features.float()
+    network = about.get("network")
+    told = network or f"{path.name} {_identify(features)}"
     length = torch.linalg.vector_norm(features, dim=1)
-    if not length.isfinite().all():
-        raise UserError(f"{flag}={path}: has features that are not finite")
-    if (length < LEAST_LENGTH).any():
-        row = int((length < LEAST_LENGTH).nonzero()[0])
-        raise UserError(f"{flag}={path}: image {row} has a feature 0")
+    if isinstance(rows, str):
+        rows = (~features.isnan().all(dim=1)).nonzero()[:, 0]
+    used = torch.ones(len(features), dtype=torch.bool)
+    if rows is not None:
+        used = ~used
+        used[rows] = True
+    for wrong, what in (
+        (~length.isfinite(), "a feature that is not finite"),
+        (length < LEAST_LENGTH, "a feature 0"),
+    ):
+        if (wrong & used).any():
+            row = int((wrong & used).nonzero()[0])
+            image = row if names is None else f"{row}, {names[row]!r},"
+            raise UserError(f"{flag}={path}: image {image} has {what}; make its features again")
     # of unit length but for rounding; other networks' files are brought to it
-    return Gallery(F.normalize(features), known, about.get("network", path.name), of_set)
+    return Gallery(F.normalize(features), known, told, of_set, network is not None)
+
+
+def _identify(features: Tensor) -> str:
+    """16 hex digits of a SHA-256 over features (N, D) float32."""
+    return hashlib.sha256(features.contiguous().numpy()).hexdigest()[:16]
 
 
 def _array_of(path: Path, flag: str) -> Tensor:
@@ -130,22 +162,31 @@ def _array_of(path: Path, flag: str) -> Tensor:
     return torch.from_numpy(arrays[0].astype(arrays[0].dtype.newbyteorder("=")))
 
 
-def write_anchors(path: Path, anchors: Tensor, made_of: str) -> None:
+def write_anchors(path: Path, anchors: Tensor, made_of: str, network: str | None = None) -> None:
     """Write anchors (M, K, d), whole or not at all.
 
+    Args:
+        made_of: in words.
+        network: in whose space they are, as `Gallery.network`; None: it is not known.
     Raises:
         OSError: if they cannot be written; an old file stays.
     """
-    _write(path, {"anchors": anchors}, {"format": ANCHORS, "made_of": made_of})
+    about = {"format": ANCHORS, "made_of": made_of}
+    if network is not None:
+        about["network"] = network
+    _write(path, {"anchors": anchors}, about)
 
 
-def read_anchors(path: Path, D: int, flag: str = "--anchors") -> Tensor:
+def read_anchors(path: Path, D: int, network: str | None = None, flag: str = "--anchors") -> Tensor:
     """Read anchors (M, K, d) float32 for features of D = M * d dimensions.
 
+    Args:
+        network: that made the features, as `Gallery.network`; None: it is not known, and may be
+            that of the anchors.
     Raises:
         UserError: if there is no such file, or the anchors do not fit the features.
     """
-    anchors, _ = _read(path, ANCHORS, flag)
+    anchors, about = _read(path, ANCHORS, flag)
     if anchors.dim() != 3 or not anchors.numel() or not anchors.isfinite().all():
         raise UserError(f"{flag}={path}: holds no anchors (M, K, d)")
     M, _, d = anchors.shape
@@ -153,6 +194,12 @@ def read_anchors(path: Path, D: int, flag: str = "--anchors") -> Tensor:
         raise UserError(
             f"{flag}={path}: {M} codebooks of {d} dimensions are for features of {M * d}, and "
             f"these have {D}; make others with make_anchors.py and these --features"
+        )
+    own = about.get("network")
+    if network is not None and own is not None and identity_of(own) != identity_of(network):
+        raise UserError(
+            f"{flag}={path}: are in the space of {own}, and the features are by {network}; make "
+            "others with make_anchors.py and features by that network"
         )
     return anchors.float()
 
@@ -183,7 +230,8 @@ def train_anchors(
     Raises:
         UserError: if D is no multiple of M, or there are fewer features than centroids.
     Source: SSP, section III; its released settings are the defaults, with M = 32 and 8 bits.
-        Departures: none.
+        Departures: make_anchors.py gives it all rows of its file, those of queries and of the
+        database too, if the file has them.
     """
     import faiss  # here: who trains on anchors that are there already does not need it
 

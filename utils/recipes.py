@@ -48,7 +48,8 @@ GPQ_RECIPES: dict[str, dict] = {
 }
 
 SSP_RECIPES: dict[str, dict] = {
-    # the released settings: these are the defaults
+    # the released settings: these are the defaults. Departure: the rate warms up from near 0, and
+    # not from 1e-4
     "paper": {},
     # for images of 32 pixels
     "fast": {

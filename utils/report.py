@@ -33,7 +33,8 @@ def report(
     Args:
         run: the run that ended.
         trainer: what ran.
-        metrics: of the last evaluation, the headline first; none if there were no labels.
+        metrics: of the last evaluation, the headline first; none if there were no labels or no
+            queries.
         class_names: by class number.
         left_out: images of the split that could not be read.
     """
@@ -41,7 +42,7 @@ def report(
         return
     args, folder = run.args, run.args.output_dir
     if not metrics:
-        _report_unlabelled(run, trainer, left_out)
+        _report_without_queries(run, trainer, left_out, len(class_names) > 1)
         return
     head = metrics[0]
     name = f"mAP@{args.Top_N}"
@@ -77,7 +78,8 @@ def report(
         print(f"  {what + ':':18} {path}")
 
 
-def _report_unlabelled(run: Run, trainer: Trainer, left_out: int) -> None:
+def _report_without_queries(run: Run, trainer: Trainer, left_out: int, labels: bool) -> None:
+    without = "queries" if labels else "labels"
     folder, data = run.args.output_dir, run.args.image_dir or run.args.data_dir
     quantizer = getattr(trainer.model, "quantizer", None)  # of networks that can index images
     bits = "" if quantizer is None else f"{quantizer.code_bits:g} bits"
@@ -86,8 +88,8 @@ def _report_unlabelled(run: Run, trainer: Trainer, left_out: int) -> None:
     title = title.replace("$", r"\$")  # no formula
     learning_curve(read_metrics(folder), curve, f"mAP@{run.args.Top_N}", run.args.distance, title)
     print(
-        f"\nTrained to step {trainer.step}{bits and ' at '}{bits}; without labels there is no mAP"
-        f"{_missing(left_out)}.\n"
+        f"\nTrained to step {trainer.step}{bits and ' at '}{bits}; without {without} there is "
+        f"no mAP{_missing(left_out)}.\n"
         f"  checkpoint:        {folder / LAST}\n"
         f"  log:               {folder / METRICS}\n"
         f"  learning curve:    {curve}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from models import (
@@ -85,20 +86,7 @@ def load_trained(path: Path, flag: str = "--checkpoint") -> Trained:
         )
     try:
         args = dict(state["args"])
-        # a file must not be able to ask for a network that fills the memory
-        values = state["model"].values()
-        stored = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values}
-        if sum(v.numel() * v.element_size() for v in values) > sum(stored.values()):
-            raise ValueError("weights that are larger than their file")
-        size = sum(v.numel() for v in values)
-        if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
-            raise ValueError(f"input_size {args['input_size']}")
-        with torch.device("meta"), _RealSteps():
-            model = build_from_flags(method, args)
-        if size != sum(value.numel() for value in model.state_dict().values()):
-            raise ValueError("weights of another shape")
-        model = build_from_flags(method, args)
-        model.load_state_dict(state["model"])
+        model = build_with_weights(method, args, state["model"])
         identity = identify(method, args, model)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
@@ -128,6 +116,35 @@ def identify(method: str, args: Mapping, model: QuantizationNetwork) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def build_with_weights(
+    method: str, args: Mapping, weights: Mapping[str, Tensor]
+) -> QuantizationNetwork | AsymmetricNetwork:
+    """The network of a file: of these flags, with these weights.
+
+    The file must not be able to ask for a network that fills the memory, so one without memory is
+    built first.
+
+    Raises:
+        AttributeError, KeyError, RuntimeError, TypeError, ValueError: if flags and weights do not
+            fit.
+    """
+    values = weights.values()
+    there = [v.untyped_storage() for v in values if not v.is_meta]
+    stored = {storage.data_ptr(): storage.nbytes() for storage in there}
+    if sum(v.numel() * v.element_size() for v in values) > sum(stored.values()):
+        raise ValueError("weights that are larger than their file")
+    size = sum(v.numel() for v in values)
+    if type(args["input_size"]) is not int or not 8 <= args["input_size"] <= 1024:
+        raise ValueError(f"input_size {args['input_size']}")
+    with torch.device("meta"), _RealSteps():
+        model = build_from_flags(method, args)
+    if size != sum(value.numel() for value in model.state_dict().values()):
+        raise ValueError("weights of another shape")
+    model = build_from_flags(method, args)
+    model.load_state_dict(weights)
+    return model
 
 
 class _RealSteps(TorchFunctionMode):

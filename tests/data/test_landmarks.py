@@ -83,6 +83,8 @@ def test_retrieval_sfm_of_arrays_is_the_same(tmp_path):
         ("cluster", [1, 1, 1, 0.5], r"'cluster' must be a list of integers"),
         ("cluster", [1, 1, 1, 2**63], r"'cluster' must be a list of integers"),
         ("cluster", [[1, 1], [1]], r"'cluster' must be a list of integers"),
+        ("cluster", np.ones((4, 2), dtype=int), r"'cluster' is an array of 2 dimensions; it must"),
+        ("cluster", [1, 1, np.uint64(2**63), 1], r"'cluster' must be a list of integers"),
         ("cluster", 4, r"'cluster' is of type int"),
         ("qidxs", [0, 2], r"'qidxs' has 2 images and 'pidxs' 3; they are pairs"),
         ("qidxs", [0, 2, 4], r"'qidxs' has the image 4; allowed is 0 to 3"),
@@ -101,6 +103,30 @@ def test_faults_of_retrieval_sfm_are_named(tmp_path, key, value, message):
         read_sfm(tmp_path)
     assert str(caught.value).startswith(f"--data_dir={path}: train: ")
     read_sfm(tmp_path, "val")
+
+
+def test_nested_lists_are_refused_before_they_are_an_array(tmp_path, monkeypatch):
+    """Each level names the one below twice: with a few more, a small file of 2^30 numbers."""
+    nested = [1, 1]
+    for _ in range(10):
+        nested = [nested, nested]
+    content = sfm_file()
+    content["train"]["cluster"] = nested
+    save(tmp_path / "retrieval-SfM-120k.pkl", content)
+    array = np.array
+    made = []
+    monkeypatch.setattr(np, "array", lambda x, *a, **k: made.append(x) or array(x, *a, **k))
+    with pytest.raises(UserError, match="'cluster' must be a list of integers"):
+        read_sfm(tmp_path)
+    assert all(x == [] for x in made)
+
+
+def test_keys_that_are_no_names_are_not_shown(tmp_path):
+    """Python refuses to write out an integer of so many digits."""
+    content = {10**5000: 1, ("a",): 2, "test": 3}
+    save(tmp_path / "retrieval-SfM-120k.pkl", content)
+    with pytest.raises(UserError, match=r"'train' is missing; there are test$"):
+        read_sfm(tmp_path)
 
 
 def test_retrieval_sfm_that_is_not_what_it_should_be(tmp_path):
@@ -322,6 +348,8 @@ def replace(**values):
         (change(0, easy=3), r"gnd\[0\]: 'easy' is of type int; it must be a list"),
         (change(1, bbx=[1, 2, 3]), r"gnd\[1\]: 'bbx' must be 4 numbers: left, top, right, bottom"),
         (change(1, bbx=["1", "2", "3", "4"]), r"gnd\[1\]: 'bbx' must be 4 numbers"),
+        (change(1, bbx=[1, 2, 10**400, 4]), r"gnd\[1\]: 'bbx' must be 4 numbers"),
+        (change(1, bbx=[np.complex64(x) for x in (1, 2, 3, 4)]), r"'bbx' must be 4 numbers"),
         (change(1, bbx=[3, 2, 1, 4]), r"'bbx' is \[3\.0, 2\.0, 1\.0, 4\.0\]; it must be left, top"),
         (change(1, bbx=[1, 4, 3, 4]), r"with left < right and top < bottom"),
         (change(1, bbx=[1, 2, float("nan"), 4]), r"'bbx' is \[1\.0, 2\.0, nan, 4\.0\]"),

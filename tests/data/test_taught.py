@@ -46,6 +46,20 @@ def mine(light, gallery, clusters, queries=20, pool=N, negatives=R, seed=0):
 # --- mining ---------------------------------------------------------------------------------------
 
 
+def test_pairs_of_the_set_are_kept_together(light, gallery, clusters):
+    pairs = torch.tensor([[0, 9], [0, 31], [5, 5], [40, 2], [17, 3]])
+    generator = torch.Generator().manual_seed(0)
+    sizes = (4, N, R)
+    found = mine_tuples(lambda rows: light[rows], gallery, clusters, *sizes, generator, pairs=pairs)
+    drawn = [[q, p] for q, p in zip(found.query.tolist(), found.positive.tolist(), strict=True)]
+    assert len(drawn) == 4 and all(pair in pairs.tolist() for pair in drawn)
+    assert len({tuple(pair) for pair in drawn}) == 4
+    for q, negatives in zip(found.query, found.negatives, strict=True):
+        assert not (clusters[negatives] == clusters[q]).any()
+    with pytest.raises(UserError, match="images in such, 0 pairs"):
+        mine_tuples(lambda rows: light[rows], gallery, clusters, *sizes, generator, pairs=pairs[:0])
+
+
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_tuples_are_what_a_naive_search_finds(light, gallery, clusters, chunk, monkeypatch):
     monkeypatch.setattr(data.taught, "SIMILAR_CHUNK", chunk)
@@ -338,6 +352,18 @@ def test_methods_without_labels_get_none(gallery, light, clusters):
         batches = taught_batches(args, numbered(), gallery, labels, Light(light), Ranks())
         assert isinstance(batches, TaughtBatches)
         assert len(batches.batch(0)) == parts
+
+
+def test_labels_are_where_the_model_is(gallery, light, clusters, monkeypatch):
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(light.to("meta"))
+
+    monkeypatch.setattr("data.views.augmentation_at", lambda *args: None)  # kornia has no meta
+    args = flags(method="hvs")
+    batches = taught_batches(args, numbered(), gallery, clusters, Elsewhere(), Ranks())
+    assert (batches.labels.device.type, batches.gallery.device.type) == ("meta", "meta")
 
 
 def test_no_more_tuples_than_images_that_have_another(gallery, light, clusters):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from small_cifar import log_of
+from torch import nn
 
 from scripts import compare_asymmetric
 from utils.errors import UserError
@@ -40,15 +41,60 @@ def test_the_table_has_the_last_figures_of_all_runs(finished_ssp, finished_gpq, 
     assert f"{last['gallery-gallery']:.4f}" in printed
 
 
+def edit(folder, **flags):
+    account = json.loads((folder / "args.json").read_text())
+    account["args"] |= flags
+    (folder / "args.json").write_text(json.dumps(account))
+
+
+def test_networks_take_turns(monkeypatch):
+    """A machine that slows down from one image to the next slows all alike."""
+    calls, now = [], [0.0]
+
+    class Told(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name, self.net = name, nn.Conv2d(3, 1, 1)
+
+        def describe(self, images):
+            calls.append(self.name)
+            now[0] += len(calls) / 1000  # seconds
+            return self.net(images)
+
+    monkeypatch.setattr(compare_asymmetric.time, "perf_counter", lambda: now[0])
+    pair = [(Told("gallery"), 4), (Told("query"), 8)]
+    gallery, query = compare_asymmetric.costs_of(pair, 20)
+    timed = calls[2:]  # after the two that are counted
+    assert timed == (len(timed) // 2) * ["gallery", "query"]
+    assert len(timed) == 2 * (3 + 20)
+    assert query["ms"] == pytest.approx(gallery["ms"] + 1)
+    assert query["macs"] == 4 * gallery["macs"] == 3 * 64
+
+
 def test_runs_that_differ_in_more_than_their_seed_are_refused(finished_ssp, finished_gpq, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(finished_ssp, other)
-    account = json.loads((other / "args.json").read_text())
-    account["args"]["lr"] = 7
-    (other / "args.json").write_text(json.dumps(account))
+    saved = json.loads((other / "args.json").read_text())["args"]
+    edit(other, lr=7)
     places = [f"--gallery={finished_gpq}", f"--output_dir={tmp_path}"]
     with pytest.raises(UserError, match=r"differs from .* in --lr, not only in seed"):
         compare_asymmetric.main([*places, "--group", "x", str(finished_ssp), str(other)])
+    # what does not change the figures may differ, and the seed must
+    free = {"overwrite": True, "num_workers": 3, "device": "cuda", "gpu_id": 1, "max_minutes": 2}
+    edit(other, lr=saved["lr"], **free, max_steps=999, checkpoint_every=7)
+    asked = [*places, "--rounds=1", "--group", "x", str(finished_ssp), str(other)]
+    with pytest.raises(UserError, match=rf"{other}: has --seed=.* as {finished_ssp} has; allowed"):
+        compare_asymmetric.main(asked)
+    edit(other, seed=77)
+    compare_asymmetric.main(asked)
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    first = [json.dumps(line) for line in lines if line["step"] <= 15]
+    (other / "metrics.jsonl").write_text("\n".join(first) + "\n")
+    with pytest.raises(UserError, match=r"last evaluated after step 15, and .* after 30; train"):
+        compare_asymmetric.main(asked)
+    edit(other, gallery="GPQ cifar_vgg 0123456789abcdef")
+    with pytest.raises(UserError, match=r"learned from GPQ cifar_vgg 0123456789abcdef, and --gal"):
+        compare_asymmetric.main(asked)
     with pytest.raises(UserError, match=r"no evaluated run of main_SSP\.py"):
         compare_asymmetric.main([*places, "--group", "x", str(finished_gpq)])
     with pytest.raises(UserError, match="is not the folder of a run"):

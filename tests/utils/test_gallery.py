@@ -1,6 +1,8 @@
 """Files of gallery features and anchors: what comes back, what is refused, how anchors are made."""
 
+import os
 import pickle
+import re
 
 import faiss
 import numpy as np
@@ -9,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+import make_anchors
 from utils.errors import UserError
 from utils.gallery import (
     Gallery,
     class_means,
     identify_names,
+    identity_of,
     read_anchors,
     read_gallery,
     train_anchors,
@@ -97,9 +101,70 @@ def test_an_array_is_taken_for_rows_in_the_order_of_the_names(tmp_path, dtype):
     # float16 has 11 bits
     torch.testing.assert_close(found.features, F.normalize(x), rtol=0, atol=2e-3)
     torch.testing.assert_close(found.features.norm(dim=1), torch.ones(N))
-    assert (found.names_sha256, found.network, found.dataset) == (None, "x.npy", None)
+    assert (found.names_sha256, found.dataset, found.tells_network) == (None, None, False)
+    assert re.fullmatch(r"x\.npy [0-9a-f]{16}", found.network)
     with pytest.raises(UserError, match=r"x\.npy: is of 40 other images; this set has 39"):
         read_gallery(tmp_path / "x.npy", NAMES[1:])
+
+
+def test_an_array_is_known_by_its_numbers_and_not_by_its_name(tmp_path):
+    x = features()
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.save(tmp_path / "renamed.npy", np.asfortranarray(x.numpy().astype(np.float64)))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(x.numpy()))
+    known = identity_of(read_gallery(tmp_path / "x.npy").network)
+    for name in ("renamed.npy", "x.pkl"):
+        found = read_gallery(tmp_path / name).network
+        assert found == f"{name} {known}"
+    np.save(tmp_path / "x.npy", x.roll(1, 0).numpy())
+    assert identity_of(read_gallery(tmp_path / "x.npy").network) != known
+
+
+def test_a_network_is_known_by_its_weights_if_it_tells_them():
+    assert identity_of("GPQ cifar_vgg 0123456789abcdef") == "0123456789abcdef"
+    assert identity_of("GPQ cifar_vgg") == "GPQ cifar_vgg"
+
+
+def with_gaps(path):
+    """Features of NAMES, of which those of images 3 and 5 are NaN."""
+    x = features()
+    x[[3, 5]] = torch.nan
+    write_gallery(path, Gallery(x, identify_names(NAMES), "GPQ x"))
+    return x
+
+
+def test_images_without_features_are_refused_where_they_are_used(tmp_path):
+    path = tmp_path / "x.safetensors"
+    x = with_gaps(path)
+    for rows in (None, torch.tensor([0, 5, 39])):
+        row = 3 if rows is None else 5
+        message = rf"image {row}, '{row}\.png', has a feature that is not finite; make its"
+        with pytest.raises(UserError, match=message):
+            read_gallery(path, NAMES, rows=rows)
+    used = torch.tensor([0, 4, 39])
+    found = read_gallery(path, NAMES, rows=used).features
+    torch.testing.assert_close(found[used], x[used])
+    known = read_gallery(path, rows="known").features
+    assert known.isnan().any(dim=1).nonzero()[:, 0].tolist() == [3, 5]
+    x[7, 0] = torch.nan  # that is no row that stands for nothing
+    write_gallery(path, Gallery(x, None, "GPQ x"))
+    with pytest.raises(UserError, match="image 7 has a feature that is not finite"):
+        read_gallery(path, rows="known")
+
+
+def test_anchors_are_made_of_the_images_that_have_features(tmp_path, capsys):
+    path, out = tmp_path / "x.safetensors", tmp_path / "a.safetensors"
+    x = with_gaps(path)
+    make_anchors.main([f"--features={path}", f"--output={out}", "--M=3", "--bits=3"])
+    assert "2 images could not be read and have no features" in capsys.readouterr().out
+    rows = [n for n in range(N) if n not in (3, 5)]
+    want = train_anchors(F.normalize(x[rows]), M, bits=3)
+    torch.testing.assert_close(read_anchors(out, D, "GPQ x"), want)
+
+
+def test_names_that_are_not_utf8_are_told_apart():
+    names = [os.fsdecode(b"\xff.png"), os.fsdecode(b"\xfe.png")]
+    assert identify_names(names) != identify_names(names[::-1])
 
 
 def save_objects(path):
@@ -156,10 +221,10 @@ def test_arrays_that_cannot_be_read_are_a_sentence(tmp_path, save):
         (np.ones((2, 3, 4)), r"holds \(2, 3, 4\) numbers"),
         (np.ones((2, D), dtype=np.int64), r"numbers of torch.int64"),
         (np.ones((0, D)), r"holds \(0, 12\) numbers"),
-        (np.diag([1.0, np.nan, 1.0]), "has features that are not finite"),
-        (np.diag([1.0, np.inf, 1.0]), "has features that are not finite"),
-        (np.diag([1.0, 1e300, 1.0]), "has features that are not finite"),  # as float32
-        (np.diag([1.0, 1e30, 1.0]), "has features that are not finite"),  # its length
+        (np.diag([1.0, np.nan, 1.0]), "image 1 has a feature that is not finite"),
+        (np.diag([1.0, np.inf, 1.0]), "image 1 has a feature that is not finite"),
+        (np.diag([1.0, 1e300, 1.0]), "image 1 has a feature that is not finite"),  # as float32
+        (np.diag([1.0, 1e30, 1.0]), "image 1 has a feature that is not finite"),  # its length
         (np.diag([1.0, 1.0, 0.0, 0.0]), "image 2 has a feature 0"),
         (np.diag([1.0, 1e-30, 1.0]), "image 1 has a feature 0"),
     ],
@@ -238,6 +303,37 @@ def test_anchors_that_do_not_fit_the_features_are_refused(tmp_path, wrong):
     message = rf"3 codebooks of 4 dimensions are for features of 12, and these have {wrong};"
     with pytest.raises(UserError, match=message):
         read_anchors(tmp_path / "a.safetensors", wrong)
+
+
+def test_anchors_in_another_network_s_space_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    one, other = "GPQ cifar_vgg 0123456789abcdef", "GPQ cifar_vgg 00000000000000ff"
+    write_anchors(path, torch.randn(M, K, d), "x", one)
+    message = rf"--anchors=.*: are in the space of {one}, and the features are by {other}; make"
+    with pytest.raises(UserError, match=message):
+        read_anchors(path, D, other)
+    for network in (one, None, "named otherwise 0123456789abcdef"):
+        read_anchors(path, D, network)
+    write_anchors(path, torch.randn(M, K, d), "x")  # of an array, or older ones
+    read_anchors(path, D, other)
+
+
+def test_anchors_of_an_array_are_of_no_network(tmp_path):
+    """Which may be another set's, by the same network."""
+    np.save(tmp_path / "x.npy", features().numpy())
+    out = tmp_path / "a.safetensors"
+    make_anchors.main([f"--features={tmp_path / 'x.npy'}", f"--output={out}", "--M=3", "--bits=3"])
+    read_anchors(out, D, "GPQ cifar_vgg 0123456789abcdef")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--M=3", "--bits=3", "--iterations=1", "--restarts=1", "--seed=1"]
+)
+def test_codebooks_are_taken_as_they_are(flag, capsys):
+    with pytest.raises(SystemExit):
+        make_anchors.main(["--codebooks_of=x.pt", "--output=a.safetensors", *flag.split("=")])
+    name = flag.partition("=")[0]
+    assert f"{name}: does nothing with --codebooks_of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
