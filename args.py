@@ -6,7 +6,7 @@ A default stands here and nowhere else.
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data.augment import AUGMENTATIONS, CROP_FLIP, CROP_JITTER
@@ -234,13 +234,7 @@ def extract_parser() -> Parser:
         "deleted once --output is whole (default: --output with .pieces at its end, deleted then)",
     )
     flag = parser.add_argument
-    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use")
-    flag(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: the GPU if there is one",
-    )
+    add_device_flags(flag, "GPU to use")
     return parser
 
 
@@ -368,13 +362,7 @@ def landmarks_parser() -> Parser:
         default="auto",
         help="precision of the trunk; auto: the lower one where the device is faster in it",
     )
-    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use")
-    flag(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: the GPU if there is one",
-    )
+    add_device_flags(flag, "GPU to use")
     flag("--num_workers", type=positive_int, default=4, metavar="N", help="threads that decode")
     flag(
         "--max_pixels",
@@ -1131,17 +1119,22 @@ def add_evaluation_flags(parser: Parser) -> None:
     )
 
 
-def add_run_flags(parser: Parser) -> None:
-    """Device, output, resuming."""
-    group = parser.add_argument_group("run")
-    flag = group.add_argument
-    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to train on (without torchrun)")
+def add_device_flags(flag: Callable[..., argparse.Action], gpu: str) -> None:
+    """Where it computes; `gpu` says what the GPU is for."""
+    flag("--gpu_id", type=count, default=0, metavar="N", help=gpu)
     flag(
         "--device",
         choices=("auto", "cuda", "cpu"),
         default="auto",
         help="auto: the GPU if there is one",
     )
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Device, output, resuming."""
+    group = parser.add_argument_group("run")
+    flag = group.add_argument
+    add_device_flags(flag, "GPU to train on (without torchrun)")
     flag(
         "--output_dir",
         type=Path,
@@ -1712,13 +1705,7 @@ def add_decoding_flags(parser: Parser) -> None:
         metavar="N",
         help="threads that decode (default: one a core)",
     )
-    flag("--gpu_id", type=count, default=0, metavar="N", help="GPU to use (without torchrun)")
-    flag(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: the GPU if there is one",
-    )
+    add_device_flags(flag, "GPU to use (without torchrun)")
 
 
 def add_model_check_flag(parser: Parser) -> None:

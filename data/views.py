@@ -22,7 +22,7 @@ from models import AsymmetricNetwork, QuantizationNetwork
 from models.vgg import MEAN
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.evaluation import RetrievalEvaluation, describe_images
+from utils.evaluation import RetrievalEvaluation, describe_images, evaluating
 
 
 def random_views(
@@ -111,34 +111,31 @@ def taught_batches(
         UserError: if there are too few images or classes.
     """
     device = next(model.parameters()).device
+    gallery = gallery.to(device)
     if args.method != "aml":
         batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
         augment_at = augmentation_at(args, len(batches), device)
         ahead = batches_ahead(device, args.batch_size, args.crop_size)
         views = ViewBatches(batches, lambda step: [augment_at(step)], args.seed, ahead)
         labels = None if labels is None else labels.to(device)
-        return TaughtBatches(views, gallery.to(device), labels)
+        return TaughtBatches(views, gallery, labels)
 
     def describe(rows: Tensor) -> Tensor:
-        was_training = model.training
-        model.eval()
-        try:
-            home = images.device if isinstance(images, Tensor) else "cpu"
+        home = images.device if isinstance(images, Tensor) else "cpu"
+        with evaluating(model):
             return describe_images(model, images[rows.to(home)], args.input_size)
-        finally:
-            model.train(was_training)
 
     def mine(epoch: int) -> Tuples:
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**32)
         sizes = (args.tuples, args.pool, args.negatives)
-        return mine_tuples(describe, gallery.to(device), labels, *sizes, generator, pairs)
+        return mine_tuples(describe, gallery, labels, *sizes, generator, pairs)
 
     able = able_queries(labels) if pairs is None else len(pairs)
     tuples = min(args.tuples, able)
     epoch_steps = max(1, tuples // args.batch_size)  # of fewer tuples all are in every batch
     return TupleBatches(
         images,
-        gallery.to(device),
+        gallery,
         mine,
         tuples,
         args.negatives,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from utils.analysis import first_rows_of_each_class
 from utils.baselines import ranked_l2
-from utils.evaluation import Rows, describe_images
+from utils.evaluation import Rows, describe_images, evaluating
 from utils.metrics import evaluate_rankings
 
 # what is asked by what, the headline first
@@ -52,15 +52,11 @@ class AsymmetricEvaluation:
 
     def encode(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """The light network's embeddings of both sides. Leaves the model's mode as it was."""
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             query, db = (
                 describe_images(model, images, self.size).cpu()
                 for images in (self.query[0], self.db[0])
             )
-        finally:
-            model.train(was_training)
         self.encoded = (query, db)
         return self.encoded
 

@@ -1,6 +1,7 @@
 """Encode queries and database with a model, and score the retrieval."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -57,6 +58,17 @@ def to_unit(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def describe_images(model: nn.Module, images: Rows, size: int) -> Tensor:
     """Descriptors x (N, D) float32 of uint8 images or of features, in the model's present mode."""
@@ -104,14 +116,10 @@ class RetrievalEvaluation:
 
     def encode(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Query descriptors (Q, D) and database codes (N, M). Leaves the model's mode as it was."""
-        was_training = model.training
-        model.eval()
-        try:
-            images = self.features or (self.query[0], self.db[0])
+        images = self.features or (self.query[0], self.db[0])
+        with evaluating(model):
             query = describe_images(model, images[0], self.size)
             db_codes = encode_images(model, images[1], self.size)
-        finally:
-            model.train(was_training)
         self.encoded = (query, db_codes)
         return self.encoded
 

@@ -323,7 +323,7 @@ def test_anchors_of_an_array_are_of_no_network(tmp_path):
     np.save(tmp_path / "x.npy", features().numpy())
     out = tmp_path / "a.safetensors"
     make_anchors.main([f"--features={tmp_path / 'x.npy'}", f"--output={out}", "--M=3", "--bits=3"])
-    read_anchors(out, D, "GPQ cifar_vgg 0123456789abcdef")
+    assert read_anchors(out, D, "GPQ cifar_vgg 0123456789abcdef").shape == (3, 8, D // 3)
 
 
 @pytest.mark.parametrize(
