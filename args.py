@@ -1102,6 +1102,13 @@ def add_evaluation_flags(parser: Parser) -> None:
         help="evaluate every N epochs, and at the end",
     )
     flag(
+        "--eval_before",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="evaluate before the first step too, where the training starts from",
+    )
+    flag(
         "--Top_N",
         type=count_or_all,
         default=None,

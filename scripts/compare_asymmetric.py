@@ -5,8 +5,10 @@ r"""Query networks beside their gallery network: mAP of the three sides, and wha
 
 Each group has a name, and folders of main_SSP.py's runs that differ in their seed alone. The table
 (`table.md`, also printed; `table.json`) has mean and standard deviation over them, of the last
-evaluation. Costs are of one image: parameters, multiply-accumulates, and the median time on one
-thread of a CPU. All networks take turns at it, so that a busy machine slows all of them.
+evaluation, and of the one before training where all have it (--eval_before). Costs are of one
+image: parameters, multiply-accumulates, and the median time on one thread of a CPU, when images
+come one by one and when 64 come together. All networks take turns at it, so that a busy machine
+slows all of them.
 """
 
 import json
@@ -29,6 +31,7 @@ from utils.logging import read_metrics
 from utils.trained import build_from_flags, load_trained
 
 WARM_UP = 3  # rounds that are not timed
+TOGETHER = 64  # images of a batch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--rounds", type=number(int, 1), default=50, help="images that are timed, one by one"
+        "--rounds",
+        type=number(int, 1),
+        default=50,
+        help=f"how often one image, and {TOGETHER} together, are timed",
     )
     args = parser.parse_args(argv)
     trained = load_trained(args.gallery, "--gallery")
@@ -61,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row |= costs
     for row in rows:
         row["times_cheaper"] = rows[0]["ms"] / row["ms"]
+        row["times_cheaper_together"] = rows[0]["ms_together"] / row["ms_together"]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     table = table_of(rows)
     (args.output_dir / "table.md").write_text(table)
@@ -69,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
-    """mAP of the last evaluation on each side, mean and deviation over runs; and their flags.
+    """mAP on each side after the training and, if known of all, before it: mean and deviation over
+    runs; and their flags.
 
     Args:
         folders: of runs.
@@ -79,7 +87,7 @@ def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
             another gallery, or runs differ in more than their seed, do not differ in it, or
             were last evaluated after other steps.
     """
-    found, flags = [], []
+    found, before, flags = [], [], []
     for folder in folders:
         try:
             account = json.loads((folder / "args.json").read_text())
@@ -96,9 +104,10 @@ def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
             )
         flags.append(saved)
         found.append({e["distance"]: e for e in entries if e["step"] == entries[-1]["step"]})
+        before.append({e["distance"]: e for e in entries if e["step"] == 0})
     free = {"seed", "output_dir", "resume", "eval_epoch", "log_every", "data_dir", "cache_dir"}
     free |= {"overwrite", "num_workers", "device", "gpu_id", "max_minutes", "max_steps"}
-    free |= {"checkpoint_every"}
+    free |= {"checkpoint_every", "eval_before"}
     steps = [figures[SIDES[0]]["step"] for figures in found]
     of_seed: dict[int, Path] = {}
     for folder, saved in zip(folders, flags, strict=True):
@@ -118,12 +127,17 @@ def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
                 f"{folder}: was last evaluated after step {step}, and {folders[0]} after "
                 f"{steps[0]}; train the shorter one to its end with --resume=auto"
             )
-    metrics = {}
-    for side in SIDES:
-        values = [figures[side]["mAP@all"] for figures in found]
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        metrics[side] = {"mAP@all": statistics.mean(values), "deviation": deviation}
+    metrics = {side: spread_of(found, side) for side in SIDES}
+    if all(before):
+        metrics["before"] = {side: spread_of(before, side) for side in SIDES}
     return {"runs": len(folders), **metrics}, flags[0]
+
+
+def spread_of(found: Sequence[dict], side: str) -> dict:
+    """Mean mAP@all of that side and its standard deviation over runs, None of a single one."""
+    values = [figures[side]["mAP@all"] for figures in found]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mAP@all": statistics.mean(values), "deviation": deviation}
 
 
 def query_network(flags: dict) -> nn.Module:
@@ -134,26 +148,34 @@ def query_network(flags: dict) -> nn.Module:
     return network
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def costs_of(networks: Sequence[tuple[nn.Module, int]], rounds: int) -> list[dict]:
-    """Of each network with its side of images: parameters, multiply-accumulates, and median
-    milliseconds of one image on one thread. In each round each network has its turn."""
+    """Of each network with its side of images: parameters, multiply-accumulates, and on one thread
+    the median milliseconds of an image by itself (`ms`) and of an image among TOGETHER
+    (`ms_together`). In each round each network has its turn."""
     costs = [count_costs(Describes(network.eval()), size) for network, size in networks]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times: list[list[float]] = [[] for _ in networks]
-        images = [torch.rand(1, 3, size, size) for _, size in networks]
-        for i in range(WARM_UP + rounds):
-            for (network, _), image, taken in zip(networks, images, times, strict=True):
-                start = time.perf_counter()
-                network.describe(image)
-                if i >= WARM_UP:
-                    taken.append(1000 * (time.perf_counter() - start))
+        for name, images in (("ms", 1), ("ms_together", TOGETHER)):
+            for found, time_s in zip(costs, times_of(networks, images, rounds), strict=True):
+                found[name] = 1000 * time_s / images
     finally:
         torch.set_num_threads(threads)
-    pairs = zip(costs, times, strict=True)
-    return [found | {"ms": statistics.median(taken)} for found, taken in pairs]
+    return costs
+
+
+def times_of(networks: Sequence[tuple[nn.Module, int]], images: int, rounds: int) -> list[float]:
+    """Median seconds of each network for that many images together."""
+    times: list[list[float]] = [[] for _ in networks]
+    batches = [torch.rand(images, 3, size, size) for _, size in networks]
+    for i in range(WARM_UP + rounds):
+        for (network, _), batch, taken in zip(networks, batches, times, strict=True):
+            start = time.perf_counter()
+            network.describe(batch)
+            if i >= WARM_UP:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
 
 
 class Describes(nn.Module):
@@ -169,19 +191,27 @@ class Describes(nn.Module):
 
 def table_of(rows: Sequence[dict]) -> str:
     """Markdown, a line each."""
-    head = ["query network", "runs", *SIDES, "parameters", "MACs", "ms a query", "times cheaper"]
+    head = ["query network", "runs", *SIDES, *(f"{side}, before" for side in SIDES[:2])]
+    head += ["parameters", "MACs", "ms a query", "times cheaper"]
+    head += [f"ms a query of {TOGETHER}", "times cheaper"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
-        cells = [row["name"], str(row["runs"] or "")]
-        for side in SIDES:
-            figure = row.get(side)
-            spread = figure and figure["deviation"]
-            more = "" if spread is None else f" ± {spread:.4f}"
-            cells.append(f"{figure['mAP@all']:.4f}{more}" if figure else "")
+        before = row.get("before", {})
+        figures = [row.get(side) for side in SIDES] + [before.get(side) for side in SIDES[:2]]
+        cells = [row["name"], str(row["runs"] or ""), *map(figure_cell, figures)]
         cells += [f"{row['parameters'] / 1e6:.3f} M", f"{row['macs'] / 1e6:.2f} M"]
         cells += [f"{row['ms']:.2f}", f"{row['times_cheaper']:.1f}"]
+        cells += [f"{row['ms_together']:.2f}", f"{row['times_cheaper_together']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def figure_cell(figure: dict | None) -> str:
+    """Mean and deviation, as far as they are known."""
+    if figure is None:
+        return ""
+    deviation = figure["deviation"]
+    return f"{figure['mAP@all']:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 if __name__ == "__main__":

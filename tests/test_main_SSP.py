@@ -89,6 +89,14 @@ def first_weights(folder):
     return build_from_flags("SSP", args).state_dict()
 
 
+def untrained_of(folder):
+    """A checkpoint beside that of the run, of what it began with."""
+    state = load_checkpoint(folder / LAST)
+    del state["path"]
+    save_checkpoint(folder / "untrained.pt", state | {"model": first_weights(folder)})
+    return folder / "untrained.pt"
+
+
 def evaluated(data_dir, output, features, resume, *more):
     """The figures of --eval_only, which takes what the network is from the checkpoint."""
     flags = ["--eval_only", "--device=cpu", f"--data_dir={data_dir}", f"--output_dir={output}"]
@@ -226,11 +234,8 @@ def test_training_brings_queries_into_the_gallery_s_space(
     method, finished_methods, features, small_set, tmp_path, no_grid
 ):
     folder = finished_methods[method]
-    state = load_checkpoint(folder / LAST)
-    del state["path"]
-    save_checkpoint(tmp_path / "untrained.pt", state | {"model": first_weights(folder)})
-    untrained = tmp_path / "untrained.pt"
-    before, *_ = evaluated(small_set, tmp_path, features, untrained, "--Top_N=50")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    before, *_ = evaluated(small_set, tmp_path, features, untrained_of(tmp_path), "--Top_N=50")
     after, _, ceiling = log_of(folder, "eval")[-3:]
     assert before["distance"] == after["distance"] == "query-gallery"
     assert before["mAP@all"] < 0.25  # a random order gives about 0.12
@@ -378,6 +383,19 @@ def test_flags_reach_the_losses_that_they_are_for(
         "hvs": 0.15,
         "lce": 0.2,
     }
+
+
+def test_the_first_figures_are_of_the_untrained_network(
+    finished_ssp, features, anchors, small_set, tmp_path, no_grid
+):
+    flags = [anchors, "--eval_before", "--eval_epoch=2"]
+    run_ssp(small_set, tmp_path, features, *flags, "--max_steps=7")
+    run_ssp(small_set, tmp_path, features, *flags, "--resume=auto")
+    entries = log_of(tmp_path, "eval")
+    assert [e["step"] for e in entries[::3]] == [0, 7, 30]
+    figures = evaluated(small_set, tmp_path, features, untrained_of(tmp_path), "--Top_N=50")
+    assert entries[:3] == [e | {"epoch": 0.0, "step": 0} for e in figures]
+    assert_same_weights(finished_ssp, tmp_path)  # to evaluate first changes nothing
 
 
 # --- going on -------------------------------------------------------------------------------------

@@ -280,7 +280,9 @@ class Trainer:
                 "nothing was trained; make room, or choose another folder"
             )
         metrics: list[dict] = []
-        if self._evaluation_due():  # killed after the checkpoint and before its evaluation
+        # due: killed after the checkpoint and before its evaluation
+        before = self.step == 0 and self.args.eval_before and self.evaluate_model is not None
+        if before or self._evaluation_due():
             metrics = self.evaluate()
         started = saved = time.monotonic()
         clock, clock_step = time.perf_counter(), self.step

@@ -41,6 +41,29 @@ def test_the_table_has_the_last_figures_of_all_runs(finished_ssp, finished_gpq, 
     assert f"{last['gallery-gallery']:.4f}" in printed
 
 
+def test_figures_before_the_training_stand_in_the_table(
+    finished_ssp, finished_gpq, tmp_path, capsys
+):
+    told = tmp_path / "told"
+    shutil.copytree(finished_ssp, told)
+    edit(told, eval_before=True, seed=5)
+    entries = [json.loads(line) for line in (told / "metrics.jsonl").read_text().splitlines()]
+    first = [
+        e | {"step": 0, "epoch": 0.0, "mAP@all": 0.125} for e in entries if e["kind"] == "eval"
+    ][:3]
+    (told / "metrics.jsonl").write_text("\n".join(map(json.dumps, first + entries)) + "\n")
+    places = [f"--gallery={finished_gpq}", f"--output_dir={tmp_path}", "--rounds=1"]
+    groups = ["--group", "told", str(told), "--group", "both", str(told), str(finished_ssp)]
+    compare_asymmetric.main([*places, *groups])
+    _, told_row, both = json.loads((tmp_path / "table.json").read_text())
+    assert told_row["before"]["query-gallery"] == {"mAP@all": 0.125, "deviation": None}
+    last = log_of(finished_ssp, "eval")[-3]["mAP@all"]
+    assert told_row["query-gallery"]["mAP@all"] == pytest.approx(last)
+    assert "before" not in both  # one of the runs does not say
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].count("0.1250") == 2 and "0.1250" not in lines[4]
+
+
 def edit(folder, **flags):
     account = json.loads((folder / "args.json").read_text())
     account["args"] |= flags
@@ -66,8 +89,10 @@ def test_networks_take_turns(monkeypatch):
     gallery, query = compare_asymmetric.costs_of(pair, 20)
     timed = calls[2:]  # after the two that are counted
     assert timed == (len(timed) // 2) * ["gallery", "query"]
-    assert len(timed) == 2 * (3 + 20)
+    assert len(timed) == 2 * 2 * (3 + 20)
     assert query["ms"] == pytest.approx(gallery["ms"] + 1)
+    # of each of 64 images
+    assert query["ms_together"] == pytest.approx(gallery["ms_together"] + 1 / 64)
     assert query["macs"] == 4 * gallery["macs"] == 3 * 64
 
 
