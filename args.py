@@ -187,8 +187,8 @@ def extract_parser() -> Parser:
         required=True,
         metavar="NETWORK",
         help="the large network: checkpoint_last.pt or model.pt of SPQ or GPQ, or a run's folder; "
-        f"for landmarks also {' or '.join(PUBLISHED)}, or a convolutional network of timm with GeM "
-        "and whitening (these with --gallery_weights), or a run of SSP",
+        f"for landmarks also {' or '.join(PUBLISHED)}, or a ResNet of timm with GeM and whitening "
+        "(these with --gallery_weights), or a run of SSP",
     )
     parser.add_argument(
         "--gallery_weights",
@@ -221,12 +221,6 @@ def extract_parser() -> Parser:
         help="of each image, whose embeddings are averaged",
     )
     flag(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="precision of the trunk; auto: the lower one where the device is faster in it",
-    )
-    flag(
         "--features_dir",
         type=Path,
         metavar="DIR",
@@ -234,6 +228,13 @@ def extract_parser() -> Parser:
         "deleted once --output is whole (default: --output with .pieces at its end, deleted then)",
     )
     flag = parser.add_argument
+    flag(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the trunk; auto: the lower one where the device is faster in it "
+        "(default: auto for landmarks, off for all others)",
+    )
     add_device_flags(flag, "GPU to use")
     return parser
 
@@ -317,10 +318,10 @@ def landmarks_parser() -> Parser:
         "--gallery",
         required=True,
         metavar="NETWORK",
-        help=f"network of the database: {' or '.join(PUBLISHED)}; a convolutional network of timm "
-        "with GeM and whitening (these with --gallery_weights); or checkpoint_last.pt or model.pt "
-        "of SPQ, GPQ or SSP, or a run's folder. SPQ, GPQ and SSP's networks for small images "
-        "learn from squares of one size: images are squeezed to it, at one scale",
+        help=f"network of the database: {' or '.join(PUBLISHED)}; a ResNet of timm with GeM and "
+        "whitening (these with --gallery_weights); or checkpoint_last.pt or model.pt of SPQ, GPQ "
+        "or SSP, or a run's folder. SPQ, GPQ and SSP's networks for small images learn from "
+        "squares of one size: images are squeezed to it, at one scale",
     )
     flag(
         "--gallery_weights",
@@ -1330,7 +1331,9 @@ def parse_extract_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             args.features_dir = args.output.with_name(args.output.name + PIECES)
         return args
     args.gallery = Path(args.gallery)
-    unused = args.given & {"gallery_weights", "longest", "scales", "amp", "features_dir"}
+    if "amp" not in args.given:  # of small images a GPU has enough in float32
+        args.amp = "off"
+    unused = args.given & {"gallery_weights", "longest", "scales", "features_dir"}
     if unused:
         parser.error(
             f"--{min(unused)}: does nothing with --dataset={args.dataset}; allowed with "

@@ -25,6 +25,7 @@ from utils.device import choose_amp, choose_device
 from utils.distributed import Ranks
 from utils.embedders import Network, load_network
 from utils.errors import UserError
+from utils.gallery import check_writable
 from utils.landmark_features import Images, kept_features
 from utils.landmark_metrics import SETUPS, evaluate_revisited
 
@@ -47,6 +48,8 @@ T = TypeVar("T")
 def main(argv: list[str] | None = None) -> None:
     """Parse, check that everything is there, embed, score."""
     args = parse_landmarks_args(argv)
+    if args.output is not None:
+        check_writable(args.output)
     faults: list[str] = []
     queries, parts, truth = find_images(args, faults)
     gallery = attempt(faults, load_network, args.gallery, args.gallery_weights, "--gallery")

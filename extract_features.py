@@ -16,11 +16,11 @@ from data.datasets import load_all
 from data.landmark_batches import LANDMARK_SETS, load_landmarks
 from models import OwnGallery
 from utils.cli import run_main
-from utils.device import choose_amp, choose_device
+from utils.device import autocast, choose_amp, choose_device
 from utils.distributed import Ranks
 from utils.embedders import load_network
 from utils.evaluation import as_batches
-from utils.gallery import Gallery, identify_names, write_gallery
+from utils.gallery import Gallery, check_writable, identify_names, write_gallery
 from utils.landmark_features import Images, kept_features
 from utils.progress import progress
 from utils.trained import load_trained
@@ -31,6 +31,7 @@ PART = 10_000  # images of a list that are embedded one after the other under on
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, embed, write."""
     args = parse_extract_args(argv)
+    check_writable(args.output)
     device = choose_device(args, Ranks())
     of_landmarks = args.dataset in LANDMARK_SETS
     gallery = (embed_landmarks if of_landmarks else embed_squares)(args, device)
@@ -46,16 +47,15 @@ def embed_squares(args: Namespace, device: torch.device) -> Gallery:
     --skip_missing, the rows are NaN."""
     trained = load_trained(args.gallery, "--gallery")
     network = OwnGallery(trained.model).to(device).eval()
+    args.amp = choose_amp(args.amp, device)
     if "input_size" not in args.given:
         args.input_size = trained.input_size
     images, split, unreadable = load_all(args)
     found = []
-    with (
-        torch.no_grad(),
-        progress(len(images), 0, "embedding", "image") as bar,
-    ):
+    with torch.no_grad(), progress(len(images), 0, "embedding", "image") as bar:
         for batch in as_batches(images, args.input_size, device):
-            found.append(network.describe(batch).cpu())
+            with autocast(args.amp, device):
+                found.append(network.describe(batch).float().cpu())
             bar.update(len(batch))
     x = torch.cat(found)
     x[unreadable] = torch.nan

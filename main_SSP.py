@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     gallery = read_features(run, data)
     check_gallery(run, gallery)
     features = {role: of_rows(gallery.features, rows) for role, rows in data.rows.items()}
-    labels = training_labels(args.method, data)
-    classes = len(data.classes) if args.method in CLASSIFIES else 0
+    labels = training_labels(args, data)
+    classes = classes_of(run, data)
     D = gallery.features.shape[1]
     run = run.with_flags(embedding_dim=D, n_classes=classes, gallery=gallery.network)
     model = start_model(run)
@@ -158,21 +158,33 @@ def anchors_for(run: Run, gallery: Gallery) -> Tensor | None:
     return read_anchors(args.anchors, gallery.features.shape[1], network)
 
 
-def training_labels(method: str, data: DataSet) -> Tensor | None:
-    """Labels of the training images for the methods that need them.
+def training_labels(args: Namespace, data: DataSet) -> Tensor | None:
+    """Labels of the training images for the methods that need them; an evaluation does not.
 
     Raises:
         UserError: if there are none, or an image has several.
     """
-    if method not in (*CLASSIFIES, "aml"):
+    if args.method not in (*CLASSIFIES, "aml"):
         return None
     labels = data.split.listing.labels
     if len(data.classes) < 2 or labels.dim() > 1:
+        if args.eval_only:
+            return None
+        folders = ", or --protocol=class-folders, where each class has a folder"
         raise UserError(
-            f"--method={method}: needs one label for each image; allowed without are ssp and "
-            "regression"
+            f"--method={args.method}: needs one label for each image; allowed without are ssp and "
+            f"regression{folders if args.dataset == 'folder' else ''}"
         )
     return labels[data.rows["train"]]
+
+
+def classes_of(run: Run, data: DataSet) -> int:
+    """Of the classifier beside the embedding: those of the training set, also where the network is
+    evaluated on another."""
+    if run.args.method not in CLASSIFIES:
+        return 0
+    saved = run.checkpoint["args"].get("n_classes") if run.args.eval_only else None
+    return len(data.classes) if saved is None else saved
 
 
 def check_parts(args: Namespace, ranks: Ranks) -> None:
@@ -255,7 +267,7 @@ def build_trainer(
     loss_of = losses[args.method]
     if anchors is not None:
         loss_of = partial(ssp, anchors.to(device))
-    if args.method in CLASSIFIES:
+    if args.method in CLASSIFIES and not args.eval_only:
         loss_of = partial(loss_of, class_means(features, labels, len(data.classes)).to(device))
     shape = embed_tuples if args.method == "aml" else embed
     return Trainer(args, "SSP", model, shape, loss_of, batches, evaluate, ranks, run.checkpoint)

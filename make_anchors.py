@@ -8,13 +8,14 @@ import torch.nn.functional as F
 
 from args import parse_anchors_args
 from utils.cli import run_main
-from utils.gallery import read_gallery, train_anchors, write_anchors
+from utils.gallery import check_writable, read_gallery, train_anchors, write_anchors
 from utils.trained import load_trained
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, make, write."""
     args = parse_anchors_args(argv)
+    check_writable(args.output)
     if args.codebooks_of is not None:
         trained = load_trained(args.codebooks_of, "--codebooks_of")
         anchors = F.normalize(trained.model.quantizer.codebooks.detach().float(), dim=-1)

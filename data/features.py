@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.store import Faults, RowStore, fill_store
-from utils.device import AMP_DTYPES
+from utils.device import autocast
 from utils.errors import UserError
 from utils.evaluation import Rows, images_at_once, to_unit
 
@@ -42,7 +42,7 @@ def trunk_features(
     images: Rows,
     size: int,
     augments: Sequence[Callable[[Tensor], Tensor]] | None,
-    autocast: Callable[[], AbstractContextManager],
+    lower: Callable[[], AbstractContextManager],
     rows: slice = slice(None),
 ) -> Tensor:
     """Features (N, V, F) float16 of V views of each image, V = 1 without augmentation.
@@ -52,7 +52,7 @@ def trunk_features(
         images: (N, 3, H, W) uint8.
         size: side that images are encoded at; views have the size that their augmentation makes.
         augments: one for each view; None: the images as they are.
-        autocast: context of the trunk's computation.
+        lower: context of the trunk's computation, of lower precision or not.
         rows: which of the images.
     """
     device = next(trunk.parameters()).device
@@ -64,7 +64,7 @@ def trunk_features(
         views = []
         for augment in augments or [partial(to_unit, size=size)]:
             view = augment(part)
-            with autocast():
+            with lower():
                 views.append(trunk(view).half())
         found.append(torch.stack(views, dim=1).cpu())
     return torch.cat(found)
@@ -93,13 +93,9 @@ def kept_features(
     known = (identify_trunk(trunk), identify_rows(images), args.amp, *settings)
     key = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
     place = args.cache_dir / f"features-{args.arch}-{key}"
-    dtype = AMP_DTYPES[args.amp]
     device = next(trunk.parameters()).device
-
-    def autocast() -> AbstractContextManager:
-        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-    compute = partial(trunk_features, trunk, images, args.input_size, augments, autocast)
+    lower = partial(autocast, args.amp, device)
+    compute = partial(trunk_features, trunk, images, args.input_size, augments, lower)
 
     def make(start: int, stop: int) -> tuple[Tensor, Faults]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -119,7 +119,9 @@ def mine_tuples(
         )
     found = []
     for part in query.split(SIMILAR_CHUNK):
-        sim = (describe(part).to(candidates.device) @ candidates.T).cpu()
+        x = describe(part)
+        candidates = candidates.to(x.device)
+        sim = (x @ candidates.T).cpu()
         sim[number[part][:, None] == of_cluster] = -torch.inf
         found.append(_best_of_clusters(sim, rows, of_cluster, negatives, len(counts)))
     return Tuples(query, positive, torch.cat(found))

@@ -20,6 +20,7 @@ from data.features import kept_features
 from data.taught import TaughtBatches, TupleBatches, Tuples, able_queries, mine_tuples
 from models import AsymmetricNetwork, QuantizationNetwork
 from models.vgg import MEAN
+from utils.device import autocast
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.evaluation import RetrievalEvaluation, describe_images, evaluating
@@ -111,8 +112,9 @@ def taught_batches(
         UserError: if there are too few images or classes.
     """
     device = next(model.parameters()).device
-    gallery = gallery.to(device)
-    if args.method != "aml":
+    if isinstance(images, Tensor):  # of millions of images, features are as large as the memory
+        gallery = gallery.to(device)
+    if args.method != "aml" or (args.eval_only and labels is None):
         batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
         augment_at = augmentation_at(args, len(batches), device)
         ahead = batches_ahead(device, args.batch_size, args.crop_size)
@@ -122,7 +124,8 @@ def taught_batches(
 
     def describe(rows: Tensor) -> Tensor:
         home = images.device if isinstance(images, Tensor) else "cpu"
-        with evaluating(model):
+        lower, eager = autocast(args.amp, device), torch.compiler.set_stance("force_eager")
+        with evaluating(model), lower, eager:  # compiled for the shapes of training alone
             return describe_images(model, images[rows.to(home)], args.input_size)
 
     def mine(epoch: int) -> Tuples:

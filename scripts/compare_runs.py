@@ -61,6 +61,10 @@ def read_run(folder: Path) -> tuple[dict, list[Point]]:
         entries = read_metrics(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: is not the folder of a run ({error})") from error
+    if "embedding_dim" in args:
+        raise UserError(
+            f"{folder}: is a run of main_SSP.py; scripts/compare_asymmetric.py compares these"
+        )
     minutes, last, points = 0.0, 0, {}
     for entry in entries:
         if entry["kind"] == "train":

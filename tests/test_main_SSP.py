@@ -125,6 +125,29 @@ def test_features_are_the_gallery_network_s_descriptors(gallery, finished_gpq, s
     torch.testing.assert_close(found.features[60:120], x, rtol=0, atol=1e-5)
 
 
+def test_features_in_lower_precision_are_nearly_the_same(
+    gallery, finished_gpq, small_set, tmp_path
+):
+    words = [f"--gallery={finished_gpq}", f"--data_dir={small_set}", "--device=cpu"]
+    extract_features.main([*words, f"--output={tmp_path / 'x.safetensors'}", "--amp=bf16"])
+    lower = read_gallery(tmp_path / "x.safetensors").features
+    whole = read_gallery(gallery / "features.safetensors").features
+    assert lower.dtype == torch.float32
+    assert not torch.equal(lower, whole)
+    assert F.cosine_similarity(lower, whole).min() > 0.99
+
+
+def test_no_hours_are_spent_on_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.safetensors").mkdir()
+    for place in (tmp_path / "file" / "x.safetensors", tmp_path / "folder.safetensors"):
+        # nothing else of this is there: the first thing that is looked at is the place
+        with pytest.raises(UserError, match=rf"--output={place}: cannot be written: "):
+            extract_features.main([f"--gallery={tmp_path / 'no.pt'}", f"--output={place}"])
+        with pytest.raises(UserError, match=rf"--output={place}: cannot be written: "):
+            make_anchors.main([f"--features={tmp_path / 'no.npy'}", f"--output={place}"])
+
+
 def test_anchors_are_of_those_features(gallery):
     found = read_anchors(gallery / "anchors.safetensors", 12)
     assert found.shape == (3, 16, 4)
@@ -600,6 +623,7 @@ def test_labels_are_for_the_methods_that_need_them(finished_gpq, tmp_path, capsy
     assert read_gallery(out).features.shape == (24, 12)
     for method in ("aml", "hvs", "lce"):
         message = rf"--method={method}: needs one label for each image; allowed without are ssp and"
+        message += r" regression, or --protocol=class-folders"
         with pytest.raises(UserError, match=message):
             run_ssp(images, tmp_path / "no", out, *where, *flags_of(method, None))
     capsys.readouterr()
@@ -624,6 +648,18 @@ def test_several_labels_are_evaluated_but_teach_no_classifier(tmp_path, no_pictu
     assert [(e["distance"], e["queries"]) for e in evals] == [(side, 10) for side in SIDES]
     assert "mAP@50" not in evals[0]
     assert load_checkpoint(tmp_path / "run" / LAST)["args"]["gallery"].startswith("x.npy ")
+
+
+@pytest.mark.parametrize("method", ["hvs", "lce", "aml"])
+def test_what_learned_from_classes_is_evaluated_on_other_ones(method, finished_methods, tmp_path):
+    """On a set of several labels, which could not have taught it, and with other classes."""
+    folder, features = tmp_path / "set", tmp_path / "x.npy"
+    make_nuswide(folder, 50)
+    np.save(features, np.random.default_rng(0).normal(size=(50, 12)))
+    flags = ["--dataset=nuswide", "--protocol=100-500", f"--cache_dir={tmp_path}", "--Top_N=all"]
+    figures = evaluated(folder, tmp_path, features, finished_methods[method], *flags)
+    assert [entry["distance"] for entry in figures] == list(SIDES)
+    assert figures[0]["queries"] == 10
 
 
 # --- batches in parts, processes, other networks --------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from argparse import Namespace
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -68,6 +69,12 @@ def choose_amp(amp: str, device: torch.device) -> str:
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return "off"
     return "bf16" if _seconds(torch.float32) > BF16_MUST_GAIN * _seconds(torch.bfloat16) else "off"
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager:
+    """Lower precision where `amp` is not "off"."""
+    dtype = AMP_DTYPES[amp]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def choose_kernels(deterministic: bool) -> None:

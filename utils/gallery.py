@@ -7,6 +7,7 @@ plain .npy array. Neither can run code.
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,22 @@ def identify_names(names: Sequence[str]) -> str:
     """SHA-256 of the names of a set's images, in their order."""
     joined = "\0".join(names).encode(errors="surrogateescape")  # of names that are not UTF-8
     return hashlib.sha256(joined).hexdigest()
+
+
+def check_writable(path: Path, flag: str = "--output") -> None:
+    """What takes hours to make is not found to have no place at the end.
+
+    Raises:
+        UserError: if no file can be written there.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag}={path}: cannot be written: {error}; name another file") from error
 
 
 def write_gallery(path: Path, gallery: Gallery) -> None:

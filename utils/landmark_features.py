@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.landmark_images import read_landmarks
-from utils.device import AMP_DTYPES
+from utils.device import autocast
 from utils.embedders import Network
 from utils.errors import UserError
 from utils.evaluation import to_unit
@@ -99,7 +99,6 @@ def embed(
     Raises:
         UserError: if an image cannot be read, or its embedding is not finite.
     """
-    dtype = AMP_DTYPES[args.amp]
     names = images.paths[piece]
     boxes = None if images.boxes is None else images.boxes[piece]
     # each image has a size of its own: one after the other
@@ -109,7 +108,7 @@ def embed(
     found = []
     for name, image in zip(names, pixels, strict=True):
         image = image.to(device)  # (3, H, W) uint8
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(args.amp, device):
             if network.squeezed is not None:
                 x = network.model.describe(to_unit(image[None], network.squeezed))[0]  # (D,)
             else:

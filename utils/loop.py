@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from utils.checkpoint import LAST, check_same, save_checkpoint
 from utils.cuda_graph import StepGraph
-from utils.device import AMP_DTYPES
+from utils.device import autocast
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.logging import RunLog, plain
@@ -136,8 +136,7 @@ class Trainer:
 
     def autocast(self) -> AbstractContextManager:
         """Lower precision where --amp says so."""
-        dtype = AMP_DTYPES[self.args.amp]
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return autocast(self.args.amp, self.device)
 
     def train_step(self) -> None:
         """One optimisation step at `self.step`.

@@ -314,6 +314,7 @@ def flags(**changes):
     known = {"method": "aml", "batch_size": 4, "seed": 5, "tuples": 12, "pool": 40, "negatives": R}
     known |= {"augmentation": "kornia", "crop_size": 4, "early_crop_size": 2, "early_share": 0.5}
     known |= {"epochs": 2, "crop_min_area": 0.9, "jitter_strength": 0.0, "input_size": 4}
+    known |= {"amp": "off", "eval_only": False}
     return Namespace(**known | changes)
 
 
@@ -331,6 +332,23 @@ def test_aml_mines_with_the_network_as_it_is(gallery, light, clusters):
             model.table.copy_(model.table.roll(1, 0))  # it has learned
     assert model.training  # as it was, though it mines in evaluation mode
     assert set(model.modes) == {False}
+
+
+def test_aml_mines_in_the_precision_of_training_and_uncompiled(gallery, light, clusters):
+    seen = []
+
+    class Watched(Light):
+        def describe(self, images):
+            stance = torch._dynamo.eval_frame._stance.stance
+            seen.append((torch.is_autocast_enabled("cpu"), stance))
+            return super().describe(images)
+
+    for amp in ("off", "bf16"):
+        batches = taught_batches(
+            flags(amp=amp), numbered(), gallery, clusters, Watched(light), Ranks()
+        )
+        batches.batch(0)
+    assert seen == [(False, "force_eager"), (True, "force_eager")]
 
 
 @pytest.mark.parametrize("method", ["aml", "ssp"])

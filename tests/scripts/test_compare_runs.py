@@ -135,6 +135,11 @@ def test_runs_of_two_methods_are_not_mixed(finished, finished_gpq, tmp_path):
         compare.main(["--group", "a", str(finished_gpq), str(other), out])
 
 
+def test_query_networks_have_a_script_of_their_own(finished_ssp, tmp_path):
+    with pytest.raises(UserError, match=r"of main_SSP\.py; scripts/compare_asymmetric\.py"):
+        compare.main(["--group", "one", str(finished_ssp), f"--output_dir={tmp_path}"])
+
+
 def test_runs_of_older_code_and_resumed_ones_are_known_by_what_they_did(tmp_path):
     new, old, frozen, resumed = (
         write_run(tmp_path / name, [0.2, 0.3], **changed)
