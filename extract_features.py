@@ -8,6 +8,7 @@ python extract_features.py --dataset=gldv2 --data_dir=landmarks --gallery=r101-d
 import os
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from utils.device import autocast, choose_amp, choose_device
 from utils.distributed import Ranks
 from utils.embedders import load_network
 from utils.evaluation import as_batches
+from utils.flags import is_file
 from utils.gallery import Gallery, check_writable, identify_names, write_gallery
 from utils.landmark_features import Images, kept_features
 from utils.progress import progress
@@ -43,13 +45,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def embed_squares(args: Namespace, device: torch.device) -> Gallery:
-    """Images of one size by a network of this project; of those that cannot be read, with
-    --skip_missing, the rows are NaN."""
-    trained = load_trained(args.gallery, "--gallery")
-    network = OwnGallery(trained.model).to(device).eval()
+    """Images of one size, by a network of this project or one of timm's; of those that cannot be
+    read, with --skip_missing, the rows are NaN."""
+    size = args.input_size if "input_size" in args.given else None
+    if is_file(args.gallery) or not (args.gallery_weights or args.pretrained):
+        trained = load_trained(Path(args.gallery), "--gallery")  # SSP's query networks are none
+        told = f"{trained.method} {trained.args['arch']} {trained.identity[:16]}"
+        network, usual = OwnGallery(trained.model), trained.input_size
+    else:
+        found = load_network(args.gallery, args.gallery_weights, "--gallery", args.pretrained, size)
+        network, told, usual = found.model, found.told, found.usual or args.input_size
+    network.to(device).eval()
     args.amp = choose_amp(args.amp, device)
-    if "input_size" not in args.given:
-        args.input_size = trained.input_size
+    args.input_size = size or usual
     images, split, unreadable = load_all(args)
     found = []
     with torch.no_grad(), progress(len(images), 0, "embedding", "image") as bar:
@@ -59,13 +67,12 @@ def embed_squares(args: Namespace, device: torch.device) -> Gallery:
             bar.update(len(batch))
     x = torch.cat(found)
     x[unreadable] = torch.nan
-    told = f"{trained.method} {trained.args['arch']} {trained.identity[:16]}"
     return Gallery(x, identify_names(split.listing.names), told, split.dataset)
 
 
 def embed_landmarks(args: Namespace, device: torch.device) -> Gallery:
     """Images at their own aspect; of missing ones, with --skip_missing, there are no rows."""
-    network = load_network(args.gallery, args.gallery_weights, "--gallery")
+    network = load_network(args.gallery, args.gallery_weights, "--gallery", args.pretrained)
     network.model.to(device)
     args.amp = choose_amp(args.amp, device)
     args.num_workers = args.num_workers or os.cpu_count()

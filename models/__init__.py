@@ -1,7 +1,14 @@
 """Networks and the product quantizer: no losses, no flags, no files."""
 
 from models.asymmetric import AsymmetricNetwork, build_asymmetric
-from models.embedding import EmbeddingNetwork, OwnGallery, build_embedding, count_costs
+from models.embedding import (
+    EmbeddingNetwork,
+    OwnGallery,
+    PooledGallery,
+    build_embedding,
+    build_pooled,
+    count_costs,
+)
 from models.gpq import GPQ
 from models.network import QuantizationNetwork
 from models.quantizer import ProductQuantizer, PrototypeQuantizer
@@ -15,12 +22,14 @@ __all__ = [
     "AsymmetricNetwork",
     "EmbeddingNetwork",
     "OwnGallery",
+    "PooledGallery",
     "ProductQuantizer",
     "PrototypeQuantizer",
     "QuantizationNetwork",
     "build_asymmetric",
     "build_embedding",
     "build_gpq",
+    "build_pooled",
     "build_quantizer",
     "build_spq",
     "build_trunk",

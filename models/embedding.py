@@ -184,6 +184,67 @@ class OwnGallery(nn.Module):
         return self.describe(images)
 
 
+class PooledGallery(nn.Module):
+    """A published trunk as a gallery, as it is: its pooled features, scaled to unit length.
+
+        x = l2( pool(trunk(images)) )       a convolutional network's map, pooled by GeM
+        x = l2( trunk(images) )             without `pool`: the features that the trunk gives
+
+    There is no whitening: nothing in it has learned to retrieve. It is frozen.
+
+    Args:
+        trunk: maps images to (N, trunk.feature_dim, h, w), or to (N, trunk.feature_dim) without
+            `pool`.
+        pool: map (N, C, h, w) -> (N, C).
+    Attributes:
+        embedding_dim: trunk.feature_dim.
+    """
+
+    def __init__(self, trunk: nn.Module, pool: nn.Module | None = None) -> None:
+        super().__init__()
+        self.trunk, self.pool = trunk, pool
+        self.embedding_dim = trunk.feature_dim
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] -> embeddings (N, D), float32, unit length."""
+        x = self.trunk(images)
+        with torch.autocast(x.device.type, enabled=False):
+            x = (x if self.pool is None else self.pool(x)).float()
+            return F.normalize(x, dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As `describe`."""
+        return self.describe(images)
+
+
+def build_pooled(arch: str, input_size: int | None = None) -> tuple[PooledGallery, int, bool]:
+    """Any model of timm as a gallery, untrained.
+
+    Args:
+        arch: name in timm.
+        input_size: side of the images; None: what its published weights learned from.
+    Returns:
+        The network, that side, and whether it takes images of one size only. A network that takes
+        any is pooled by GeM of p = 3.
+    Raises:
+        ValueError: if there is no such model, or it cannot be had with that size.
+    """
+    import timm
+
+    check_arch(arch)
+    if not timm.is_model(arch.partition(".")[0]):
+        raise ValueError(f"{arch} is not timm's")
+    config = timm.get_pretrained_cfg(arch)
+    size = input_size or (config.input_size[-1] if config is not None else 224)
+    try:
+        return PooledGallery(MapTrunk(arch), GeM(3.0)), size, False
+    except ValueError:
+        # a transformer; or what gives no map of features, or does without a part of itself
+        return PooledGallery(build_trunk(arch, input_size=size)), size, True
+
+
 def build_embedding(
     kind: str,
     arch: str,
@@ -248,7 +309,7 @@ def load_published(network: EmbeddingNetwork, weights: Mapping[str, Tensor]) -> 
 
     Known names are those of
 
-    - torchvision and timm: `conv1.`, `bn1.`, `layer1.` to `layer4.`;
+    - torchvision and timm: `conv1.`, `bn1.`, `layer1.` to `layer4.`; of other networks timm's;
     - cnnimageretrieval-pytorch, and SSP's R101-GeM, the ResNet as a sequence: `features.0.` and
       `.1.` (the stem), `features.4.` to `.7.`, `pool.p` (1,), `whiten.weight` (D, C) and
       `whiten.bias`;

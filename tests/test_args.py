@@ -635,7 +635,7 @@ def test_a_pooling_may_learn_where_there_is_one():
 def test_features_are_extracted_from_a_set_and_a_network(capsys):
     words = ["--gallery=runs/x", "--output=f.safetensors"]
     args = parse_extract_args(words)
-    assert (args.gallery, args.dataset, args.protocol) == (Path("runs/x"), "cifar10", "spq")
+    assert (args.gallery, args.dataset, args.protocol) == ("runs/x", "cifar10", "spq")
     assert "input_size" not in args.given  # the network's own
     args = parse_extract_args([*words, "--input_size", "64", "--dataset=lists", "--data_dir=x"])
     assert (args.given >= {"input_size", "data_dir"}, args.input_size) == (True, 64)

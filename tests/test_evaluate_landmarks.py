@@ -16,7 +16,7 @@ from small_images import save_model
 
 from args import parse_landmarks_args
 from evaluate_landmarks import main
-from models import OwnGallery, build_embedding
+from models import OwnGallery, build_embedding, build_pooled, build_trunk
 from utils import landmark_features
 from utils.checkpoint import LAST, save_checkpoint
 from utils.cli import run_main
@@ -408,11 +408,18 @@ def test_everything_that_is_missing_is_told_at_once(tmp_path, monkeypatch, capsy
 
 def test_weights_that_do_not_fit(gallery, query, landmarks, tmp_path):
     model, _ = gallery
+    whole = {n.removeprefix("trunk.net."): v for n, v in model.state_dict().items()}
+    del whole["whiten.bias"], whole["trunk.mean"], whole["trunk.std"]
+    save_file(whole, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match=r"^--gallery_weights=.* does not fit .*: whiten\.bias is"):
+        load_network(TINY, tmp_path / "part.safetensors", "--gallery")
     save_file(model.trunk.net.state_dict(), tmp_path / "trunk.safetensors")  # a trunk alone
+    with pytest.raises(UserError, match=r"does not fit --gallery=r101-gem: .* is missing"):
+        load_network("r101-gem", tmp_path / "trunk.safetensors", "--gallery")
     with pytest.raises(
-        UserError, match=r"^--gallery_weights=.* does not fit .*: whiten\.weight is"
+        UserError, match=r"^--query_weights=.* does not fit --query=resnet26: .* is"
     ):
-        load_network(TINY, tmp_path / "trunk.safetensors", "--gallery")
+        load_network("resnet26", tmp_path / "trunk.safetensors", "--query")
     with pytest.raises(UserError, match="--gallery=cifar_vgg: cifar_vgg is not timm's"):
         load_network("cifar_vgg", tmp_path / "trunk.safetensors", "--gallery")
     weights = query[0].state_dict()
@@ -442,6 +449,39 @@ def test_embeddings_of_two_lengths_are_not_compared(landmarks, gallery, tmp_path
         run(landmarks, *gallery[1], f"--query={path}", "--dry_run")
 
 
+def test_a_network_of_timm_alone_is_pooled_and_not_whitened(gallery, landmarks, tmp_path):
+    model, _ = gallery
+    weights = tmp_path / "trunk.safetensors"
+    save_file(model.trunk.net.state_dict(), weights)
+    network = load_network(TINY, weights, "--gallery")
+    images = torch.rand(2, 3, 40, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = model.trunk.eval()(images)
+        x = maps.clamp(min=1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)
+    want = x / x.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(network.model.describe(images), want, rtol=0, atol=1e-6)
+    assert network.squeezed is None  # images at their own aspect
+    assert not any(p.requires_grad for p in network.model.parameters())
+    output = tmp_path / "x.json"
+    flags = [f"--gallery={TINY}", f"--gallery_weights={weights}", "--scales=1"]
+    run(landmarks, *flags, f"--output={output}")
+    assert json.loads(output.read_text())["dimensions"] == model.trunk.feature_dim
+
+
+def test_a_transformer_takes_squares(tmp_path):
+    arch = "vit_tiny_patch16_224"
+    torch.manual_seed(0)
+    trunk = build_trunk(arch, input_size=64).eval()
+    save_file(trunk.net.state_dict(), tmp_path / "vit.safetensors")
+    network = load_network(arch, tmp_path / "vit.safetensors", "--gallery", input_size=64)
+    assert network.squeezed == 64
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        want = torch.nn.functional.normalize(trunk(images), dim=1)
+    torch.testing.assert_close(network.model.describe(images), want, rtol=0, atol=1e-6)
+    assert build_pooled("resnet26")[1:] == (224, False)
+
+
 def test_an_image_that_cannot_be_decoded_is_named(landmarks, gallery, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(landmarks, own)
@@ -468,8 +508,9 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gallery=r101-delg"], "--gallery=r101-delg: needs --gallery_weights, a file of"),
-        (["--gallery=resnet50"], "--gallery=resnet50: needs --gallery_weights.*as it was drawn"),
+        (["--gallery=r101-delg"], "--gallery=r101-delg: needs --gallery_weights, a file; "),
+        (["--gallery=resnet50"], "needs --gallery_weights, a file, or --pretrained; allowed"),
+        (["--gallery=r101-gem", "--pretrained"], "--gallery=r101-gem: needs --gallery_weights"),
         (["--gallery=resnet5o"], "--gallery=resnet5o: is no file, and neither of r101-delg and"),
         (["--gallery=a.pt", "--gallery_weights=b"], "--gallery_weights: --gallery=a.pt is a file"),
         (["--gallery=a.pt", "--query=r101-gem"], "--query=r101-gem: needs --query_weights"),
@@ -481,7 +522,7 @@ def test_defaults():
         (["--gallery=a.pt", "--output=a.txt"], "--output=a.txt: allowed is .* ends in .json"),
         (["--gallery=a.pt", "--dry_run=perhaps"], "--dry_run=perhaps: must be True or False"),
         (["--gallery=a.pt", "--dataset=oxford5k"], "--dataset: invalid choice"),
-        (["--gallery=a.pt", "--pretrained"], "unrecognized arguments: --pretrained"),
+        (["--gallery=a.pt", "--pretrained"], "--pretrained: does nothing here"),
         ([], "required: --gallery"),
     ],
 )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import small_cifar
 import torch
+from safetensors.torch import save_file
 from small_cifar import FAST_AML, log_of, run_ssp
 from small_images import make_images
 from small_sets import make_nuswide
@@ -23,15 +24,18 @@ from torch.nn import functional as F
 import extract_features
 import main_SSP
 import make_anchors
-from args import SSP_METHODS
-from models import OwnGallery
+from args import SSP_METHODS, parse_extract_args
+from data.datasets import load_all
+from models import OwnGallery, build_pooled
+from models.trunks import load_weights
 from utils.asymmetric import SIDES
 from utils.checkpoint import LAST, load_checkpoint, save_checkpoint
 from utils.distributed import Ranks
+from utils.embedders import load_network
 from utils.errors import UserError
 from utils.gallery import Gallery, read_anchors, read_gallery, write_gallery
 from utils.loop import TrainingStopped
-from utils.pretrained import read_weights
+from utils.pretrained import published_weights, read_weights
 from utils.setup import Run
 from utils.trained import build_from_flags, load_trained
 
@@ -135,6 +139,29 @@ def test_features_in_lower_precision_are_nearly_the_same(
     assert lower.dtype == torch.float32
     assert not torch.equal(lower, whole)
     assert F.cosine_similarity(lower, whole).min() > 0.99
+
+
+def test_features_of_any_network_of_timm(small_set, tmp_path):
+    """With weights of a file, and with those that its authors published."""
+    model, size, _ = build_pooled("tf_efficientnet_lite0")
+    assert size == 224
+    load_weights(model.trunk, published_weights("tf_efficientnet_lite0")[1])
+    weights, out = tmp_path / "trunk.safetensors", tmp_path / "x.safetensors"
+    save_file(model.trunk.net.state_dict(), weights)
+    words = ["--gallery=tf_efficientnet_lite0", f"--data_dir={small_set}", f"--output={out}"]
+    words += ["--device=cpu", "--input_size=32"]
+    extract_features.main([*words, f"--gallery_weights={weights}"])
+    found = read_gallery(out)
+    assert found.network.startswith("tf_efficientnet_lite0 ")
+    assert found.features.shape == (360, 1280)
+    images, _, _ = load_all(parse_extract_args([*words, "--pretrained"]))
+    want = model.eval().describe(images[:5].float() / 255)
+    torch.testing.assert_close(found.features[:5], want, rtol=0, atol=1e-5)
+    extract_features.main([*words, "--pretrained"])
+    again = read_gallery(out)
+    assert again.network == found.network and torch.equal(again.features, found.features)
+    # who does not say how large: as the weights learned
+    assert load_network("tf_efficientnet_lite0", weights, "--gallery").usual == 224
 
 
 def test_no_hours_are_spent_on_what_cannot_be_written(tmp_path):

@@ -283,7 +283,7 @@ def test_each_set_has_its_published_settings(dataset, size, batch, epochs, warmu
     assert (args.batch_size, args.epochs, args.input_size) == (32, 3, 96)
     assert (args.warmup_epochs, args.jitter_strength, args.crop_min_area) == (1, 0.5, 0.5)
     args = parse(f"--dataset={dataset}", "--recipe=fast")
-    assert (args.batch_size, args.augmentation, args.crop_min_area) == (256, "batched", 0.5)
+    assert (args.batch_size, args.augmentation, args.crop_min_area) == (256, "crop-jitter", 0.8)
 
 
 def test_other_sets_keep_their_settings():

@@ -4,6 +4,7 @@ numbers."""
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -73,3 +74,8 @@ def power_of_two(text: str) -> int:
             "log2(K) whole bits)"
         )
     return value
+
+
+def is_file(name: str) -> bool:
+    """Whether what names a network is a file or a folder, and not the network's own name."""
+    return "/" in name or name.endswith(".pt") or Path(name).exists()

