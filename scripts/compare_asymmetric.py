@@ -19,16 +19,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from models import OwnGallery, count_costs
+from args import add_network_weights
+from models import count_costs
 from utils.asymmetric import SIDES
 from utils.cli import run_main
+from utils.embedders import load_network
 from utils.errors import UserError
 from utils.flags import HelpFormatter, Parser, number
 from utils.logging import read_metrics
-from utils.trained import build_from_flags, load_trained
+from utils.trained import build_from_flags
 
 WARM_UP = 3  # rounds that are not timed
 TOGETHER = 64  # images of a batch
@@ -37,7 +39,13 @@ TOGETHER = 64  # images of a batch
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read, time, print."""
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--gallery", type=Path, required=True, help="of all groups")
+    parser.add_argument(
+        "--gallery",
+        required=True,
+        metavar="NETWORK",
+        help="of all groups, as extract_features.py takes it",
+    )
+    add_network_weights(parser.add_argument, ["gallery"])
     parser.add_argument(
         "--group",
         nargs="+",
@@ -54,13 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"how often one image, and {TOGETHER} together, are timed",
     )
     args = parser.parse_args(argv)
-    trained = load_trained(args.gallery, "--gallery")
-    networks: list[tuple[nn.Module, int]] = [(OwnGallery(trained.model), trained.input_size)]
+    gallery = load_network(args.gallery, args.gallery_weights, "--gallery", args.pretrained)
+    size = gallery.squeezed or gallery.usual
+    if size is None:
+        parser.error(f"--gallery={args.gallery}: takes images of any size, so it has no one cost")
+    networks: list[tuple[nn.Module, int]] = [(gallery.model, size)]
     rows = [{"name": "gallery network", "runs": 0}]
     for name, *folders in args.group:
         if not folders:
             parser.error(f"--group {name}: needs folders of runs")
-        figures, flags = figures_of([Path(f) for f in folders], trained.identity[:16])
+        figures, flags = figures_of([Path(f) for f in folders], gallery.identity[:16])
         rows.append({"name": name} | figures)
         networks.append((query_network(flags), flags["input_size"]))
     for row, costs in zip(rows, costs_of(networks, args.rounds), strict=True):
@@ -148,7 +159,7 @@ def query_network(flags: dict) -> nn.Module:
     return network
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def costs_of(networks: Sequence[tuple[nn.Module, int]], rounds: int) -> list[dict]:
     """Of each network with its side of images: parameters, multiply-accumulates, and on one thread
     the median milliseconds of an image by itself (`ms`) and of an image among TOGETHER
@@ -185,7 +196,7 @@ class Describes(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.network.describe(images)
 
 
