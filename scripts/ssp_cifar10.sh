@@ -18,7 +18,10 @@ if [ "$method" = ssp ]; then
         "$PYTHON" make_anchors.py --features="$features" --M=12 --output="$anchors"
     fi
     flags=("--anchors=$anchors")
+elif [ "$method" = aml ]; then
+    # seven images a tuple: about as many an epoch and a batch as the others have
+    flags=(--tuples=8000 --batch_size=40)
 fi
 exec "$PYTHON" main_SSP.py --if_download --protocol=gpq --recipe=fast --method="$method" \
-    --features="$features" "${flags[@]}" --arch=cifar_vgg --width=8 \
+    --features="$features" ${flags[@]+"${flags[@]}"} --arch=cifar_vgg --width=8 --eval_before \
     --output_dir="runs/SSP_cifar10_$method" --resume=auto "$@"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from args import PARSERS, code_bits, parse_args
+from args import PARSERS, SSP_METHODS, code_bits, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def recorded(tmp_path):
+def recorded_words(tmp_path):
     """A stand-in for the environment's Python that records what it is called with."""
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
@@ -31,12 +31,34 @@ def recorded(tmp_path):
             text=True,
             check=True,
         )
-        words = done.stdout.split("\n")[:-1]
+        return done.stdout.split("\n")[:-1]
+
+    return call
+
+
+@pytest.fixture
+def recorded(recorded_words):
+    """The flags that a script gives to its main script."""
+
+    def call(script, *flags):
+        words = recorded_words(script, *flags)
         method = words[0].removeprefix("main_").removesuffix(".py")
         last = words.index("scripts/baselines.py") if "scripts/baselines.py" in words else None
         return parse_args(PARSERS[method](), words[1:last])
 
     return call
+
+
+@pytest.mark.parametrize("method", [None, *SSP_METHODS])
+def test_each_method_of_ssp_sees_as_many_images(recorded_words, method):
+    words = recorded_words("ssp_cifar10.sh", *filter(None, [method]), "--seed=3")
+    args = parse_args(PARSERS["SSP"](), words[words.index("main_SSP.py") + 1 :])
+    method = method or "ssp"
+    assert (args.method, args.seed, args.eval_before) == (method, 3, True)
+    assert ("make_anchors.py" in words) == (args.anchors is not None) == (method == "ssp")
+    images = args.tuples * (2 + args.negatives) if method == "aml" else 54_000
+    assert abs(images - 54_000) < 3_000
+    assert abs(args.batch_size * (2 + args.negatives if method == "aml" else 1) - 256) < 30
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
