@@ -1,7 +1,11 @@
 """SSP on landmarks from end to end: features, anchors, training by each kind of method, scoring."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +218,29 @@ def test_a_killed_run_goes_on_with_the_same_batches(
     assert [e["loss"] for e in log_of(tmp_path, "train")] == [
         e["loss"] for e in log_of(whole, "train")
     ]
+
+
+def test_two_processes_share_the_images_of_a_batch(sets, made, tmp_path):
+    """Each decodes its own half; tuples are mined by the first for both."""
+    words = [*FAST, "--dataset=sfm120k", f"--data_dir={sets}", f"--output_dir={tmp_path}", *AML]
+    words += [f"--features={made / 'sfm120k.safetensors'}", "--max_steps=3", "--log_every=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        + ["main_SSP.py", *words],
+        cwd=Path(main_SSP.__file__).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(tmp_path / LAST)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]  # of one writer
+    assert state["step"] == 3
+    assert state["batches"]["rows"].shape == (12, 4)
+    assert done.stdout.count("evaluate_landmarks.py") == 1
 
 
 def test_the_end_of_a_run_tells_what_comes_next(sets, made, tmp_path, capsys):
