@@ -51,13 +51,13 @@ from filelock import FileLock, Timeout
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from args import parse_args, spq_parser
 from scripts.compare_runs import draw_curves, read_run, table
-from utils.checkpoint import LAST
+from utils.checkpoint import LAST, load_checkpoint
 from utils.cli import run_main
 from utils.errors import UserError
 from utils.flags import BooleanFlag, Parser, number
 from utils.logging import read_metrics
 from utils.loop import TIME_IS_OVER, TrainingStopped
-from utils.trained import load_trained, save_trained
+from utils.trained import Trained, build_with_weights, save_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = [sys.executable, "main_SPQ.py"]
@@ -337,20 +337,22 @@ class Campaign:
 
 
 def keep_weights(source: Path, target: Path) -> None:
-    """A run's weights as model.pt, or in parts (model.pt.part00 and so on) if it is large.
+    """A run's weights as model.pt, or in parts (model.pt.part00 and so on) if it is large; of each
+    of the methods.
 
     Matrices are rounded to bfloat16, which moves a code here and there; codebooks, biases and batch
     norm stay float32.
     """
-    trained = load_trained(source / LAST)
-    for name, weight in trained.model.named_parameters():
+    state = load_checkpoint(source / LAST, weights_alone=True)
+    model = build_with_weights(state["method"], state["args"], state["model"])
+    for name, weight in model.named_parameters():
         if weight.dim() > 1 and not name.startswith("quantizer."):
             weight.data = weight.data.bfloat16()
     for old in target.glob("model.pt*"):
         old.unlink()
     target.mkdir(parents=True, exist_ok=True)
     path = target / "model.pt"
-    save_trained(path, trained)
+    save_trained(path, Trained(model, state["method"], state["args"], ""))
     content = path.read_bytes()
     if len(content) > PART_BYTES:
         path.unlink()

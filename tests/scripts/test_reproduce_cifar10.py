@@ -14,6 +14,7 @@ from small_cifar import log_of
 
 from scripts import reproduce_cifar10 as campaign
 from utils.checkpoint import LAST, load_checkpoint
+from utils.embedders import load_network
 from utils.errors import UserError
 from utils.loop import TIME_IS_OVER, TrainingStopped
 from utils.trained import load_trained
@@ -275,6 +276,18 @@ def test_large_weights_come_in_parts_that_are_read_as_one(finished, tmp_path, mo
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8).float() / 255
     kept, original = (load_trained(f).model.encode(images) for f in (tmp_path, finished))
     assert (kept == original).float().mean() > 0.9  # near-ties between codewords may turn
+
+
+def test_kept_weights_of_a_query_network_answer_nearly_as_it_does(finished_ssp, tmp_path):
+    campaign.keep_weights(finished_ssp, tmp_path)
+    images = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept, original = (
+            load_network(str(f), None, "--query").model.describe(images)
+            for f in (tmp_path, finished_ssp)
+        )
+    assert not torch.equal(kept, original)  # bfloat16
+    assert (kept * original).sum(dim=1).min() > 0.999
 
 
 def test_the_plan_and_bad_input(call, tmp_path, capsys):
