@@ -387,8 +387,8 @@ def add_network_weights(flag: Callable[..., argparse.Action], roles: Sequence[st
             type=Path,
             metavar="FILE",
             help=f"weights of a --{role} by name, .safetensors or torch's: of all of it, whitening "
-            "included; or of a network of timm alone, whose pooled features (GeM, p 3) are then "
-            "the embedding, without whitening",
+            "included; or of a network of timm alone, whose pooled features (of a convolutional "
+            "one by GeM, p 3) are then the embedding, without whitening",
         )
     flag(
         "--pretrained",
@@ -1256,6 +1256,8 @@ def parse_args(
                 f"--reversal_warmup_epochs={args.reversal_warmup_epochs:g}: must be at most "
                 f"--epochs={args.epochs}"
             )
+    if args.eval_only and args.eval_before:
+        parser.error("--eval_before: does nothing with --eval_only, which trains nothing")
     if args.eval_only and args.resume is None:
         parser.error("--eval_only: needs --resume, a checkpoint or auto")
     if args.resume == "":
@@ -1335,8 +1337,8 @@ def parse_extract_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _check_safetensors(parser, args)
     is_own = is_file(args.gallery) and args.gallery_weights is None
     if args.dataset in LANDMARK_SETS or not is_own:
-        _check_network(parser, args, "gallery")
-    _check_pretrained(parser, args, ["gallery"])
+        check_network(parser, args, "gallery")
+    check_pretrained(parser, args, ["gallery"])
     if args.dataset in LANDMARK_SETS:
         if "input_size" in args.given:
             parser.error("--input_size: landmarks are embedded at their own aspect; --longest")
@@ -1374,20 +1376,20 @@ def parse_landmarks_args(argv: Sequence[str] | None = None) -> argparse.Namespac
     """Parse evaluate_landmarks.py's command line; exits with code 2 on bad input."""
     parser = landmarks_parser()
     args = parser.parse_args(argv)
-    _check_network(parser, args, "gallery")
+    check_network(parser, args, "gallery")
     if args.query is not None:
-        _check_network(parser, args, "query")
+        check_network(parser, args, "query")
     elif args.query_weights is not None:
         parser.error("--query_weights: of which network? Name it by --query")
     elif args.all_sides:
         parser.error("--all_sides: without --query there is one network, and all sides are one")
-    _check_pretrained(parser, args, ["gallery", "query"])
+    check_pretrained(parser, args, ["gallery", "query"])
     if args.output is not None and args.output.suffix != ".json":
         parser.error(f"--output={args.output}: allowed is a name that ends in .json")
     return args
 
 
-def _check_pretrained(parser: Parser, args: argparse.Namespace, roles: Sequence[str]) -> None:
+def check_pretrained(parser: Parser, args: argparse.Namespace, roles: Sequence[str]) -> None:
     """--pretrained is for a network by name without a file of weights."""
     networks = [(getattr(args, role), getattr(args, f"{role}_weights")) for role in roles]
     if args.pretrained and all(w is not None or n is None or is_file(n) for n, w in networks):
@@ -1397,7 +1399,7 @@ def _check_pretrained(parser: Parser, args: argparse.Namespace, roles: Sequence[
         )
 
 
-def _check_network(parser: Parser, args: argparse.Namespace, role: str) -> None:
+def check_network(parser: Parser, args: argparse.Namespace, role: str) -> None:
     """Networks by name need weights, and files have them."""
     flag, name, weights = f"--{role}", getattr(args, role), getattr(args, f"{role}_weights")
     if name not in PUBLISHED and is_file(name):

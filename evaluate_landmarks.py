@@ -48,7 +48,7 @@ T = TypeVar("T")
 def main(argv: list[str] | None = None) -> None:
     """Parse, check that everything is there, embed, score."""
     args = parse_landmarks_args(argv)
-    if args.output is not None:
+    if args.output is not None and not args.dry_run:
         check_writable(args.output)
     faults: list[str] = []
     queries, parts, truth = find_images(args, faults)

@@ -20,6 +20,7 @@ from utils.cli import run_main
 from utils.device import autocast, choose_amp, choose_device
 from utils.distributed import Ranks
 from utils.embedders import load_network
+from utils.errors import UserError
 from utils.evaluation import as_batches
 from utils.flags import is_file
 from utils.gallery import Gallery, check_writable, identify_names, write_gallery
@@ -66,8 +67,15 @@ def embed_squares(args: Namespace, device: torch.device) -> Gallery:
                 found.append(network.describe(batch).float().cpu())
             bar.update(len(batch))
     x = torch.cat(found)
+    if not x.isfinite().all():
+        row = int((~x.isfinite()).any(dim=1).nonzero()[0])
+        raise UserError(
+            f"--amp={args.amp}: {told} gives {split.listing.names[row]} an embedding that is not "
+            "finite; try --amp=off"
+        )
     x[unreadable] = torch.nan
-    return Gallery(x, identify_names(split.listing.names), told, split.dataset)
+    names = identify_names(split.listing.names)
+    return Gallery(x, names, told, split.dataset, input_size=args.input_size)
 
 
 def embed_landmarks(args: Namespace, device: torch.device) -> Gallery:

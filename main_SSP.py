@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     classes = classes_of(run, data)
     D = gallery.features.shape[1]
     run = run.with_flags(embedding_dim=D, n_classes=classes, gallery=gallery.network)
+    run = run.with_flags(gallery_input_size=gallery.input_size)
     model = start_model(run)
     evaluate = None
     if data.query is not None:

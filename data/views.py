@@ -114,8 +114,10 @@ def taught_batches(
     device = next(model.parameters()).device
     if isinstance(images, Tensor):  # of millions of images, features are as large as the memory
         gallery = gallery.to(device)
-    if args.method != "aml" or (args.eval_only and labels is None):
-        batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
+    if args.method != "aml" or args.eval_only:
+        # an evaluation draws none of them
+        size = min(args.batch_size, len(images)) if args.eval_only else args.batch_size
+        batches = DeviceBatches(images, size, args.seed, ranks, device)
         augment_at = augmentation_at(args, len(batches), device)
         ahead = batches_ahead(device, args.batch_size, args.crop_size)
         views = ViewBatches(batches, lambda step: [augment_at(step)], args.seed, ahead)

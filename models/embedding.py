@@ -4,6 +4,7 @@ A large gallery network embeds the database, a light query network learns to lan
 Images are (N, 3, H, W) in [0, 1]; the networks normalise them.
 """
 
+import copy
 import difflib
 from collections.abc import Mapping
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.network import QuantizationNetwork
@@ -404,9 +406,9 @@ def _same_but_for_ones(shape: torch.Size, want: torch.Size, place: str) -> bool:
 def count_costs(network: nn.Module, size: int | tuple[int, int]) -> dict[str, int]:
     """What one image costs.
 
-    Multiply-accumulates are those of convolutions and matrix products, half of what torch's
-    FlopCounterMode counts; batch norm, activations and pooling are not in it. Nothing is computed:
-    the network runs on tensors without values, in evaluation mode, and stays as it is.
+    Multiply-accumulates are those of convolutions and matrix products, attention's too, half of
+    what torch's FlopCounterMode counts; batch norm, activations and pooling are not in it. Nothing
+    is computed: a copy of the network runs on tensors without values, in evaluation mode.
 
     Args:
         network: images -> anything; may be on any device, "meta" too.
@@ -419,16 +421,13 @@ def count_costs(network: nn.Module, size: int | tuple[int, int]) -> dict[str, in
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1:
         raise ValueError(f"the image's size must be above 0, not {size}")
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()  # batch norm refuses to train on a single value
+    # a copy: some networks keep tensors from one call to the next
+    tried = copy.deepcopy(network).eval()  # batch norm refuses to train on a single value
     counter = FlopCounterMode(display=False)
-    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    try:
-        with torch.no_grad(), FakeTensorMode(), counter:
-            fake = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in state.items()}
-            functional_call(network, fake, (torch.empty(1, 3, height, width),))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    state = {**dict(tried.named_parameters()), **dict(tried.named_buffers())}
+    # fused attention of a CPU is not known to the counter
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FakeTensorMode(), counter:
+        fake = {name: torch.empty(v.shape, dtype=v.dtype) for name, v in state.items()}
+        functional_call(tried, fake, (torch.empty(1, 3, height, width),))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return {"parameters": parameters, "macs": counter.get_total_flops() // 2}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from args import add_network_weights
+from args import add_network_weights, check_network, check_pretrained
 from models import count_costs
 from utils.asymmetric import SIDES
 from utils.cli import run_main
@@ -62,16 +62,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"how often one image, and {TOGETHER} together, are timed",
     )
     args = parser.parse_args(argv)
-    gallery = load_network(args.gallery, args.gallery_weights, "--gallery", args.pretrained)
-    size = gallery.squeezed or gallery.usual
+    check_network(parser, args, "gallery")
+    check_pretrained(parser, args, ["gallery"])
+    for name, *folders in args.group:
+        if not folders:
+            parser.error(f"--group {name}: needs folders of runs")
+    groups = {name: figures_of([Path(f) for f in folders]) for name, *folders in args.group}
+    sizes = {flags.get("gallery_input_size") for _, flags in groups.values()} - {None}
+    if len(sizes) > 1:
+        raise UserError(
+            "--group: the galleries' features are of images of "
+            f"{' and '.join(map(str, sorted(sizes)))} pixels; compare runs of one gallery"
+        )
+    asked = next(iter(sizes), None)
+    gallery = load_network(args.gallery, args.gallery_weights, "--gallery", args.pretrained, asked)
+    size = asked or gallery.squeezed or gallery.usual
     if size is None:
         parser.error(f"--gallery={args.gallery}: takes images of any size, so it has no one cost")
     networks: list[tuple[nn.Module, int]] = [(gallery.model, size)]
     rows = [{"name": "gallery network", "runs": 0}]
-    for name, *folders in args.group:
-        if not folders:
-            parser.error(f"--group {name}: needs folders of runs")
-        figures, flags = figures_of([Path(f) for f in folders], gallery.identity[:16])
+    for name, (figures, flags) in groups.items():
+        if gallery.identity[:16] not in flags.get("gallery", ""):
+            raise UserError(
+                f"--group {name}: learned from {flags.get('gallery')}, and --gallery is "
+                f"{gallery.told}; compare it with its own gallery network"
+            )
         rows.append({"name": name} | figures)
         networks.append((query_network(flags), flags["input_size"]))
     for row, costs in zip(rows, costs_of(networks, args.rounds), strict=True):
@@ -86,17 +101,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table, end="")
 
 
-def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
+def figures_of(folders: Sequence[Path]) -> tuple[dict, dict]:
     """mAP on each side after the training and, if known of all, before it: mean and deviation over
     runs; and their flags.
 
     Args:
         folders: of runs.
-        gallery: the first 16 hex digits of the gallery network's identity.
     Raises:
-        UserError: if a folder is not that of a run of main_SSP.py, or of one that learned from
-            another gallery, or runs differ in more than their seed, do not differ in it, or
-            were last evaluated after other steps.
+        UserError: if a folder is not that of a run of main_SSP.py that was evaluated after some
+            training, or runs differ in more than their seed, do not differ in it, or were last
+            evaluated after other steps.
     """
     found, before, flags = [], [], []
     for folder in folders:
@@ -106,13 +120,8 @@ def figures_of(folders: Sequence[Path], gallery: str) -> tuple[dict, dict]:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder}: is not the folder of a run ({error})") from error
         saved = [account, *account.get("resumed", [])][-1]["args"]
-        if "embedding_dim" not in saved or not entries:
+        if "embedding_dim" not in saved or not entries or not entries[-1]["step"]:
             raise UserError(f"{folder}: holds no evaluated run of main_SSP.py")
-        if gallery not in saved.get("gallery", ""):
-            raise UserError(
-                f"{folder}: learned from {saved.get('gallery')}, and --gallery is {gallery}; "
-                "compare it with its own gallery network"
-            )
         flags.append(saved)
         found.append({e["distance"]: e for e in entries if e["step"] == entries[-1]["step"]})
         before.append({e["distance"]: e for e in entries if e["step"] == 0})
@@ -204,7 +213,7 @@ def table_of(rows: Sequence[dict]) -> str:
     """Markdown, a line each."""
     head = ["query network", "runs", *SIDES, *(f"{side}, before" for side in SIDES[:2])]
     head += ["parameters", "MACs", "ms a query", "times cheaper"]
-    head += [f"ms a query of {TOGETHER}", "times cheaper"]
+    head += [f"ms a query of {TOGETHER}", f"times cheaper of {TOGETHER}"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in rows:
         before = row.get("before", {})

@@ -6,9 +6,9 @@
 #   TRUNK      ImageNet weights that query networks begin with (those of timm's hub)
 #   WORK       where features and anchors go (runs/landmarks)
 #
-# With --dry_run as the first argument nothing is made: each file that the script needs is looked
-# for, each image of the set too, and what is missing is told with where it is to be had. The exit
-# code is then 2 if anything is missing.
+# With --dry_run as the first argument nothing is made but the environment, if there is none: each
+# file that the script needs is looked for, each image of the set too, and what is missing is told
+# with where it is to be had. The exit code is then 2 if anything is missing.
 DATA_DIR="${DATA_DIR:-datasets}"
 GALLERY="${GALLERY:-r101-delg}"
 WEIGHTS="${WEIGHTS:-weights/R101-DELG.pth}"

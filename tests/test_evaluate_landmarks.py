@@ -482,6 +482,22 @@ def test_a_transformer_takes_squares(tmp_path):
     assert build_pooled("resnet26")[1:] == (224, False)
 
 
+def test_a_network_that_trips_over_a_size_is_told_with_the_image(gallery, landmarks, monkeypatch):
+    def trip(*args):
+        raise RuntimeError("The size of tensor a (57) must match\nthe size of tensor b (58)")
+
+    monkeypatch.setattr("utils.landmark_features.multiscale_features", trip)
+    with pytest.raises(UserError, match=r"does not take roxford5k/jpg/\S+ at \d+ x \d+ .*a \(57\)"):
+        run(landmarks, *gallery[1], "--scales=1")
+
+    def fill(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("utils.landmark_features.multiscale_features", fill)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        run(landmarks, *gallery[1], "--scales=1")
+
+
 def test_an_image_that_cannot_be_decoded_is_named(landmarks, gallery, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(landmarks, own)

@@ -145,7 +145,7 @@ def test_features_of_any_network_of_timm(small_set, tmp_path):
     """With weights of a file, and with those that its authors published."""
     model, size, _ = build_pooled("tf_efficientnet_lite0")
     assert size == 224
-    load_weights(model.trunk, published_weights("tf_efficientnet_lite0")[1])
+    load_weights(model.trunk, published_weights("tf_efficientnet_lite0", "", "")[1])
     weights, out = tmp_path / "trunk.safetensors", tmp_path / "x.safetensors"
     save_file(model.trunk.net.state_dict(), weights)
     words = ["--gallery=tf_efficientnet_lite0", f"--data_dir={small_set}", f"--output={out}"]
@@ -162,6 +162,21 @@ def test_features_of_any_network_of_timm(small_set, tmp_path):
     assert again.network == found.network and torch.equal(again.features, found.features)
     # who does not say how large: as the weights learned
     assert load_network("tf_efficientnet_lite0", weights, "--gallery").usual == 224
+
+
+def test_embeddings_that_are_not_finite_are_told(finished_gpq, small_set, tmp_path, monkeypatch):
+    def describe(self, images):
+        x = torch.ones(len(images), 12)
+        x[3] = torch.nan
+        return x
+
+    monkeypatch.setattr(OwnGallery, "describe", describe)
+    words = [f"--gallery={finished_gpq}", f"--data_dir={small_set}", "--device=cpu"]
+    with pytest.raises(
+        UserError, match=r"--amp=off: GPQ .* gives train/00003.png an embedding that"
+    ):
+        extract_features.main([*words, f"--output={tmp_path / 'x.safetensors'}"])
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_no_hours_are_spent_on_what_cannot_be_written(tmp_path):
@@ -684,7 +699,10 @@ def test_what_learned_from_classes_is_evaluated_on_other_ones(method, finished_m
     make_nuswide(folder, 50)
     np.save(features, np.random.default_rng(0).normal(size=(50, 12)))
     flags = ["--dataset=nuswide", "--protocol=100-500", f"--cache_dir={tmp_path}", "--Top_N=all"]
+    trained = log_of(finished_methods[method], "eval")[-1]
+    flags.append("--batch_size=200")  # of which none is drawn
     figures = evaluated(folder, tmp_path, features, finished_methods[method], *flags)
+    assert (figures[0]["epoch"], figures[0]["step"]) == (trained["epoch"], trained["step"])
     assert [entry["distance"] for entry in figures] == list(SIDES)
     assert figures[0]["queries"] == 10
 

@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Callable
 
-import torch
-
+from utils.device import out_of_memory
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.loop import TrainingStopped
@@ -32,7 +31,7 @@ def run_main(main: Callable[[], None]) -> None:
         code = 2
         print(f"{sys.argv[0]}: error: {error}", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         code = 1
         print(
@@ -41,9 +40,3 @@ def run_main(main: Callable[[], None]) -> None:
     finally:
         Ranks.disconnect()
     sys.exit(code)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch's CPU allocator has no exception class of its own."""
-    known = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)

@@ -77,6 +77,12 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what an error is about: torch's CPU allocator has no class of its own."""
+    known = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, known) or "DefaultCPUAllocator" in str(error)
+
+
 def choose_kernels(deterministic: bool) -> None:
     """cuDNN's kernels: those that give the same at every run, or the fastest of all of them."""
     torch.backends.cudnn.deterministic = deterministic

@@ -1,5 +1,5 @@
-"""Networks that embed landmark images, by name or by file, for evaluate_landmarks.py and
-extract_features.py."""
+"""Networks that embed images, by name or by file, for extract_features.py and
+evaluate_landmarks.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,8 +60,7 @@ def load_network(
     if weights is not None:
         found = load_by_name(name, weights, flag, input_size)
     elif pretrained and not is_file(name):
-        source, tensors = published_weights(name)
-        found = load_pooled(name, tensors, flag, source, input_size)
+        found = load_pooled(name, None, flag, "--pretrained", input_size)
     else:
         found = load_own(Path(name), flag)
     if not all(value.isfinite().all() for value in found.model.state_dict().values()):
@@ -91,13 +90,15 @@ def load_by_name(name: str, path: Path, flag: str, input_size: int | None = None
 
 
 def load_pooled(
-    name: str, weights: Mapping[str, Tensor], flag: str, source: str, input_size: int | None
+    name: str, weights: Mapping[str, Tensor] | None, flag: str, source: str, input_size: int | None
 ) -> Network:
-    """A network of timm as it was published."""
+    """A network of timm as it was published; its weights are fetched if they are not given."""
     try:
         model, size, one_size = build_pooled(name, input_size)
     except ValueError as error:
         raise UserError(f"{flag}={name}: {error}") from error
+    if weights is None:
+        source, weights = published_weights(name, flag, f"{flag}_weights")
     try:
         load_weights(model.trunk, weights)
     except Exception as error:  # timm's readers of foreign names trip over whatever is missing

@@ -36,6 +36,8 @@ class Gallery:
         network: what made them, in words, `identity_of` it at the end.
         dataset: of the images, "cifar10"; None of a file that does not tell.
         tells_network: whether `network` is one's; an array has its file's name and a hash.
+        input_size: side of the squares that were embedded, pixels; None: it is not known, or
+            images were taken as they are.
     """
 
     features: Tensor
@@ -43,6 +45,7 @@ class Gallery:
     network: str
     dataset: str | None = None
     tells_network: bool = True
+    input_size: int | None = None
 
 
 def identity_of(network: str) -> str:
@@ -86,6 +89,8 @@ def write_gallery(path: Path, gallery: Gallery) -> None:
         about["names_sha256"] = gallery.names_sha256
     if gallery.dataset is not None:
         about["dataset"] = gallery.dataset
+    if gallery.input_size is not None:
+        about["input_size"] = str(gallery.input_size)
     _write(path, {"features": gallery.features}, about)
 
 
@@ -153,8 +158,10 @@ def read_gallery(
             row = int((wrong & used).nonzero()[0])
             image = row if names is None else f"{row}, {names[row]!r},"
             raise UserError(f"{flag}={path}: image {image} has {what}; make its features again")
+    side = about.get("input_size", "")
+    size = int(side) if re.fullmatch(r"[1-9][0-9]{0,5}", side) else None
     # of unit length but for rounding; other networks' files are brought to it
-    return Gallery(F.normalize(features), known, told, of_set, network is not None)
+    return Gallery(F.normalize(features), known, told, of_set, network is not None, size)
 
 
 def _identify(features: Tensor) -> str:

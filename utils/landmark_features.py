@@ -3,7 +3,7 @@
 import hashlib
 import os
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data.landmark_images import read_landmarks
-from utils.device import autocast
+from utils.device import autocast, out_of_memory
 from utils.embedders import Network
 from utils.errors import UserError
 from utils.evaluation import to_unit
@@ -85,6 +85,13 @@ def identify_features(network: Network, images: Images, args: Namespace) -> str:
     return hashlib.sha256(repr(known).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+def _embed_one(network: Network, image: Tensor, scales: Sequence[float]) -> Tensor:
+    """The embedding (D,) of an image (3, H, W) uint8."""
+    if network.squeezed is not None:
+        return network.model.describe(to_unit(image[None], network.squeezed))[0]
+    return multiscale_features(network.model, image.float() / 255, scales)
+
+
 @torch.no_grad()
 def embed(
     network: Network,
@@ -108,11 +115,17 @@ def embed(
     found = []
     for name, image in zip(names, pixels, strict=True):
         image = image.to(device)  # (3, H, W) uint8
-        with autocast(args.amp, device):
-            if network.squeezed is not None:
-                x = network.model.describe(to_unit(image[None], network.squeezed))[0]  # (D,)
-            else:
-                x = multiscale_features(network.model, image.float() / 255, args.scales)  # (D,)
+        try:
+            with autocast(args.amp, device):
+                x = _embed_one(network, image, args.scales)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{network.told}: does not take {name} at {image.shape[2]} x {image.shape[1]} "
+                f"pixels and --scales ({detail}); take another network"
+            ) from error
         x = x.float().cpu()
         if not x.isfinite().all():
             raise UserError(

