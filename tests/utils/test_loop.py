@@ -39,6 +39,7 @@ def flags(folder, **changed):
         "freeze_bn_epoch": None,
         "cuda_graph": False,
         "eval_epoch": 1,
+        "eval_before": False,
         "eval_only": False,
         "log_every": 2,
         "checkpoint_every": 100,
