@@ -64,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_network(parser, args, "gallery")
     check_pretrained(parser, args, ["gallery"])
+    names = [name for name, *_ in args.group]
     for name, *folders in args.group:
         if not folders:
             parser.error(f"--group {name}: needs folders of runs")
+        if names.count(name) > 1:
+            parser.error(f"--group {name}: is there twice; allowed is a name for each group")
     groups = {name: figures_of([Path(f) for f in folders]) for name, *folders in args.group}
     sizes = {flags.get("gallery_input_size") for _, flags in groups.values()} - {None}
     if len(sizes) > 1:

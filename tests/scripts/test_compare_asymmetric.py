@@ -107,6 +107,10 @@ def test_a_gallery_by_name_needs_weights(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare_asymmetric.main([*flags, f"--output_dir={tmp_path}", "--group", "x", "y"])
     assert message in capsys.readouterr().err
+    twice = ["--gallery=runs/x", "--group", "x", "y", "--group", "x", "z"]
+    with pytest.raises(SystemExit):
+        compare_asymmetric.main([*twice, f"--output_dir={tmp_path}"])
+    assert "--group x: is there twice" in capsys.readouterr().err
 
 
 def edit(folder, **flags):
