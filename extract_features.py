@@ -69,9 +69,10 @@ def embed_squares(args: Namespace, device: torch.device) -> Gallery:
     x = torch.cat(found)
     if not x.isfinite().all():
         row = int((~x.isfinite()).any(dim=1).nonzero()[0])
+        hint = "; try --amp=off" if args.amp != "off" else ""
         raise UserError(
-            f"--amp={args.amp}: {told} gives {split.listing.names[row]} an embedding that is not "
-            "finite; try --amp=off"
+            f"--gallery={args.gallery}: {told} gives {split.listing.names[row]} an embedding that "
+            f"is not finite{hint}"
         )
     x[unreadable] = torch.nan
     names = identify_names(split.listing.names)

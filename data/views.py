@@ -115,8 +115,9 @@ def taught_batches(
     if isinstance(images, Tensor):  # of millions of images, features are as large as the memory
         gallery = gallery.to(device)
     if args.method != "aml" or args.eval_only:
-        # an evaluation draws none of them
-        size = min(args.batch_size, len(images)) if args.eval_only else args.batch_size
+        size = args.batch_size
+        if args.eval_only:  # which draws none of them
+            size = ranks.world_size * max(1, min(size, len(images)) // ranks.world_size)
         batches = DeviceBatches(images, size, args.seed, ranks, device)
         augment_at = augmentation_at(args, len(batches), device)
         ahead = batches_ahead(device, args.batch_size, args.crop_size)

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if names.count(name) > 1:
             parser.error(f"--group {name}: is there twice; allowed is a name for each group")
     groups = {name: figures_of([Path(f) for f in folders]) for name, *folders in args.group}
-    sizes = {flags.get("gallery_input_size") for _, flags in groups.values()} - {None}
+    sizes = {size for figures, _ in groups.values() for size in figures.pop("sizes")}
     if len(sizes) > 1:
         raise UserError(
             "--group: the galleries' features are of images of "
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def figures_of(folders: Sequence[Path]) -> tuple[dict, dict]:
     """mAP on each side after the training and, if known of all, before it: mean and deviation over
-    runs; and their flags.
+    runs; and `sizes` of the gallery's images, as far as they are known. And the runs' flags.
 
     Args:
         folders: of runs.
@@ -130,7 +130,8 @@ def figures_of(folders: Sequence[Path]) -> tuple[dict, dict]:
         before.append({e["distance"]: e for e in entries if e["step"] == 0})
     free = {"seed", "output_dir", "resume", "eval_epoch", "log_every", "data_dir", "cache_dir"}
     free |= {"overwrite", "num_workers", "device", "gpu_id", "max_minutes", "max_steps"}
-    free |= {"checkpoint_every", "eval_before"}
+    # the size of the gallery's images is not known of older runs
+    free |= {"checkpoint_every", "eval_before", "gallery_input_size"}
     steps = [figures[SIDES[0]]["step"] for figures in found]
     of_seed: dict[int, Path] = {}
     for folder, saved in zip(folders, flags, strict=True):
@@ -153,7 +154,8 @@ def figures_of(folders: Sequence[Path]) -> tuple[dict, dict]:
     metrics = {side: spread_of(found, side) for side in SIDES}
     if all(before):
         metrics["before"] = {side: spread_of(before, side) for side in SIDES}
-    return {"runs": len(folders), **metrics}, flags[0]
+    sizes = {saved.get("gallery_input_size") for saved in flags} - {None}
+    return {"runs": len(folders), "sizes": sizes, **metrics}, flags[0]
 
 
 def spread_of(found: Sequence[dict], side: str) -> dict:

@@ -429,7 +429,10 @@ class Trainer:
             before = self.last_eval["step"] if self.last_eval else 0
             self.evaluated = checkpoint.get("evaluated", before)  # older ones do not have it
             if args.eval_only:
-                self.epoch_steps = checkpoint.get("epoch_steps") or self.epoch_steps
+                known = checkpoint.get("epoch_steps")
+                if known is None and self.last_eval and self.last_eval["epoch"]:  # an older one
+                    known = round(self.last_eval["step"] / self.last_eval["epoch"])
+                self.epoch_steps = known or self.epoch_steps
                 return
             if hasattr(self.batches, "restore"):
                 self.batches.restore(checkpoint["batches"])

@@ -490,7 +490,6 @@ class Tiny(nn.Module):
         return self.layers(images)
 
 
-# 9 x 12 pixels -> 5 x 6: 3x3 of 3 channels to 8, 3x3 within each of 8, 1x1 of 8 to 10, then 10 to 5
 def test_attention_is_counted_and_what_a_network_keeps_stays_usable():
     trunk = build_trunk("vit_tiny_patch16_224", input_size=32)  # 4 patches and a class token
     D, T, depth = 192, 5, 12
@@ -502,6 +501,7 @@ def test_attention_is_counted_and_what_a_network_keeps_stays_usable():
         assert keeps(torch.rand(1, 3, 224, 224)).isfinite().all()
 
 
+# 9 x 12 pixels -> 5 x 6: 3x3 of 3 channels to 8, 3x3 within each of 8, 1x1 of 8 to 10, then 10 to 5
 TINY_MACS = 30 * 9 * 3 * 8 + 30 * 9 * 8 + 30 * 8 * 10 + 10 * 5
 TINY_PARAMETERS = (9 * 3 * 8 + 8) + 2 * 8 + 9 * 8 + 8 * 10 + (10 * 5 + 5) + 1
 

@@ -79,6 +79,10 @@ def test_the_gallery_s_cost_is_that_of_the_size_its_features_were_made_at(
     (small, same), (large, again) = macs
     assert 3.9 * small < large < 4.1 * small and same == again
     assert '"gallery_input_size": 32' in (finished_ssp / "args.json").read_text()
+    edit(other, gallery_input_size=None, seed=5)  # an older run goes with a newer one
+    compare_asymmetric.main([*places, "--group", "one", str(other), str(finished_ssp)])
+    assert json.loads((tmp_path / "table.json").read_text())[0]["macs"] == small
+    edit(other, gallery_input_size=64)
     with pytest.raises(UserError, match="features are of images of 32 and 64 pixels"):
         groups = ["--group", "one", str(other), "--group", "two", str(finished_ssp)]
         compare_asymmetric.main([*places, *groups])
