@@ -128,9 +128,9 @@ def embed(
             ) from error
         x = x.float().cpu()
         if not x.isfinite().all():
+            hint = "; try --amp=off" if args.amp != "off" else ""
             raise UserError(
-                f"--amp={args.amp}: {network.told} gives {name} an embedding that is not finite; "
-                "try --amp=off"
+                f"--amp={args.amp}: {network.told} gives {name} an embedding that is not finite{hint}"
             )
         found.append(x)
         done(1)
