@@ -130,7 +130,8 @@ def embed(
         if not x.isfinite().all():
             hint = "; try --amp=off" if args.amp != "off" else ""
             raise UserError(
-                f"--amp={args.amp}: {network.told} gives {name} an embedding that is not finite{hint}"
+                f"--amp={args.amp}: {network.told} gives {name} an embedding that is not "
+                f"finite{hint}"
             )
         found.append(x)
         done(1)
