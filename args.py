@@ -223,13 +223,7 @@ def extract_parser() -> Parser:
         "deleted once --output is whole (default: --output with .pieces at its end, deleted then)",
     )
     flag = parser.add_argument
-    flag(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="precision of the trunk; auto: the lower one where the device is faster in it "
-        "(default: auto for landmarks, off for all others)",
-    )
+    add_amp_flag(flag, "", " (default: auto for landmarks, off for all others)")
     add_device_flags(flag, "GPU to use")
     return parser
 
@@ -346,12 +340,7 @@ def landmarks_parser() -> Parser:
         metavar="S,S,...",
         help="of each image, whose embeddings are averaged",
     )
-    flag(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="precision of the trunk; auto: the lower one where the device is faster in it",
-    )
+    add_amp_flag(flag)
     add_device_flags(flag, "GPU to use")
     flag("--num_workers", type=positive_int, default=4, metavar="N", help="threads that decode")
     flag(
@@ -1061,13 +1050,7 @@ def add_training_flags(
         + ("; not with --lr_schedule=released" if "released" in schedules else "")
         + warmup,
     )
-    flag(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
-        help="precision of the trunk (quantizer and loss are float32); auto: the lower one where "
-        "the device is faster in it",
-    )
+    add_amp_flag(flag, " (quantizer and loss are float32)")
     flag(
         "--compile",
         action=BooleanFlag,
@@ -1134,6 +1117,19 @@ def add_evaluation_flags(parser: Parser) -> None:
         metavar="BOOL",
         help="evaluate the checkpoint, the model.pt, or the run's folder with one of them that "
         "--resume names, and stop",
+    )
+
+
+def add_amp_flag(
+    flag: Callable[..., argparse.Action], of_the_rest: str = "", default: str = ""
+) -> None:
+    """Precision of the trunk; what is said of all else, and of a default that depends."""
+    flag(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help=f"precision of the trunk{of_the_rest}; auto: the lower one where the device is faster "
+        f"in it{default}",
     )
 
 

@@ -49,7 +49,7 @@ def embed_squares(args: Namespace, device: torch.device) -> Gallery:
     """Images of one size, by a network of this project or one of timm's; of those that cannot be
     read, with --skip_missing, the rows are NaN."""
     size = args.input_size if "input_size" in args.given else None
-    if is_file(args.gallery) or not (args.gallery_weights or args.pretrained):
+    if is_file(args.gallery):
         trained = load_trained(Path(args.gallery), "--gallery")  # SSP's query networks are none
         told = f"{trained.method} {trained.args['arch']} {trained.identity[:16]}"
         network, usual = OwnGallery(trained.model), trained.input_size

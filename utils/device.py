@@ -34,7 +34,7 @@ def choose_device(args: Namespace, ranks: Ranks, quiet: bool = False) -> torch.d
         if ranks.is_main and not quiet:
             threads = torch.get_num_threads()
             print(
-                f"No CUDA GPU found: --gpu_id={args.gpu_id} is ignored, training on the CPU "
+                f"No CUDA GPU found: --gpu_id={args.gpu_id} is ignored, computing on the CPU "
                 f"({threads} threads)."
             )
         return torch.device("cpu")
