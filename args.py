@@ -706,12 +706,50 @@ def add_spq_flags(parser: Parser) -> None:
         "trainings",
     )
     flag(
+        "--views",
+        type=number(int, 2, high=16),
+        default=2,
+        metavar="V",
+        help="random views of each image in a step; the loss is the mean over all pairs of them. "
+        "4 with half the --batch_size costs the same and learns faster",
+    )
+    flag(
         "--joint_views",
         action=BooleanFlag,
         default=False,
         metavar="BOOL",
-        help="both views through the network in one pass: batch norm then takes its statistics "
-        "over both, and a GPU has more to do at once",
+        help="all views through the network in one pass: batch norm takes its statistics over all "
+        "of them, and a GPU has larger operations",
+    )
+    flag(
+        "--neighbour_share",
+        type=number(float, 0.0, high=1.0),
+        default=0.0,
+        metavar="SHARE",
+        help="second stage: in this share of the epochs, at the end, an image and one of its "
+        "nearest neighbours also learn to use the same codewords; 0.25 is usual, 0 is the paper's "
+        "method",
+    )
+    flag(
+        "--neighbours",
+        type=positive_int,
+        default=20,
+        metavar="K",
+        help="second stage: neighbours of each image, by the cosine of descriptors",
+    )
+    flag(
+        "--neighbour_entropy",
+        type=not_negative,
+        default=2.0,
+        metavar="WEIGHT",
+        help="second stage: weight of the entropy that keeps all codewords in use",
+    )
+    flag(
+        "--neighbour_cqc",
+        type=not_negative,
+        default=0.3,
+        metavar="WEIGHT",
+        help="second stage: weight of --loss beside the neighbours",
     )
     flag(
         "--quantizer",
@@ -1282,6 +1320,11 @@ def parse_args(
             )
         args.crop_size = args.early_crop_size = None  # a recipe's, of the views that it names
         args.early_share = 0.0
+    if args.cached_views and getattr(args, "views", 2) > args.cached_views + 1:
+        parser.error(
+            f"--views={args.views}: --cached_views={args.cached_views} gives "
+            f"{args.cached_views + 1} views of each image; raise it, or lower --views"
+        )
     if args.cached_views:
         early = args.given & {"early_crop_size", "early_share"}
         if early:

@@ -2,11 +2,13 @@
 
     python main_SPQ.py --gpu_id=0 --batch_size=256 --N_books=8 --N_words=16 --eval_epoch=100
 
-Two random views of each image; descriptors x of one view are compared with soft-quantized
-descriptors z of the other, so trunk and codebooks learn together and without labels.
+Random views of each image; descriptors x of one view are compared with soft-quantized descriptors
+z of another, so backbone and codebooks learn together and without labels. In the second stage
+(--neighbour_share) an image and one of its nearest neighbours also have to use the same codewords.
 """
 
 from functools import partial
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from args import parse_args, spq_parser
 from data.datasets import Images, load_dataset
 from data.views import kept_views, random_views
-from losses import contrastive_loss, cqc_loss
+from losses import contrastive_loss, cqc_loss, neighbour_consistency_loss
 from models import SPQ
 from utils.cli import run_main
 from utils.evaluation import RetrievalEvaluation, headline_first
@@ -40,8 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     run = run.with_data(data.split, data.used, data.left_out)
     evaluate = None
     if data.query is not None:  # labels are scored with, never trained on
-        distances = headline_first(args.distance)
-        evaluate = RetrievalEvaluation(data.query, data.db, args.input_size, args.Top_N, distances)
+        sides, distances = (data.query, data.db), headline_first(args.distance)
+        evaluate = RetrievalEvaluation(
+            *sides, args.input_size, args.Top_N, distances, diagnose=args.validate
+        )
     trainer = build_trainer(run, model, data.train, evaluate)
     metrics = trainer.evaluate() if args.eval_only else trainer.fit()
     report(run, trainer, metrics, data.classes, data.left_out)
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def build_trainer(
     run: Run, model: SPQ, images: Images, evaluate: RetrievalEvaluation | None
 ) -> Trainer:
-    """The method: two random views, one network, descriptors of one against z of the other.
+    """The method: random views, one network, descriptors of one view against z of another.
 
     Args:
         run: flags, device, processes, and the checkpoint to go on from.
@@ -58,27 +62,43 @@ def build_trainer(
         images: training set (N, 3, H, W) uint8.
         evaluate: what mAP is computed by; None without labels.
     """
-    args, ranks, device = run.args, run.ranks, run.device
-
+    args, ranks = run.args, run.ranks
     if args.cached_views and not args.eval_only:
         batches = kept_views(args, images, evaluate, model, ranks)
     else:
-        batches = random_views(args, images, ranks, device)
+        batches = random_views(args, images, model, ranks)
     if args.compile:
         model.trunk.compile(dynamic=False)
-    criterion = LOSSES[args.loss]
+    criterion, V = LOSSES[args.loss], args.views
 
-    def embed(model: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if args.joint_views:  # batch norm over both views: one pass of twice the size
-            x, z = model(torch.cat(views))
-            return *x.chunk(2), *z.chunk(2)
-        (x_a, z_a), (x_b, z_b) = (model(view) for view in views)
-        return x_a, x_b, z_a, z_b
+    def embed(network: nn.Module, views: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """x and z of V views of each image; in the second stage, which has a view of a neighbour
+        too, also the soft assignments of all views."""
+        if args.joint_views:  # batch norm over all views: one pass of a larger batch
+            x, z = (rows.chunk(len(views)) for rows in network(torch.cat(views)))
+        else:
+            x, z = zip(*map(network, views), strict=True)
+        if len(views) == V:
+            return *x, *z
+        return *x[:V], *z[:V], *(model.quantizer.assign(rows, model.alpha) for rows in x)
 
-    def loss_of(x_a: Tensor, x_b: Tensor, z_a: Tensor, z_b: Tensor) -> Tensor:
-        return criterion(x_a, x_b, z_a, z_b, tau=args.contrastive_temperature)
+    def loss_of(*rows: Tensor) -> Tensor | dict[str, Tensor]:
+        x, z, assign = rows[:V], rows[V : 2 * V], rows[2 * V :]
+        pairs = [
+            criterion(x[a], x[b], z[a], z[b], tau=args.contrastive_temperature)
+            for a, b in combinations(range(V), 2)
+        ]
+        cqc = sum(pairs) / len(pairs)
+        if not assign:
+            return cqc
+        *own, neighbour = assign
+        terms = [neighbour_consistency_loss(p, neighbour, args.neighbour_entropy) for p in own]
+        return {"cqc": args.neighbour_cqc * cqc, "neighbour": sum(terms) / V}
 
-    return Trainer(args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, run.checkpoint)
+    start = batches.neighbours and batches.neighbours.start
+    return Trainer(
+        args, "SPQ", model, embed, loss_of, batches, evaluate, ranks, run.checkpoint, start
+    )
 
 
 if __name__ == "__main__":

@@ -91,6 +91,44 @@ class DeviceBatches:
         return rows.pin_memory() if self.device.type == "cuda" else rows
 
 
+class NeighbourRows(DeviceBatches):
+    """For each row of a batch a random one of its nearest neighbours, from step `start` on.
+
+    Neighbours are mined once, when the first of these batches is drawn; checkpoints keep them.
+
+    Args:
+        batches: whose rows have the neighbours.
+        start: step of the first batch.
+        mine: () -> neighbours (N, k), row numbers, by the model as it is then.
+    """
+
+    def __init__(self, batches: DeviceBatches, start: int, mine: Callable[[], Tensor]) -> None:
+        b = batches
+        super().__init__(b.rows, b.batch_size, b.seed, b.ranks, b.device)
+        self.start, self.mine = start, mine
+        self.neighbours: Tensor | None = None
+
+    def chosen(self, step: int) -> Tensor:
+        """The neighbours' rows, (B,) int64: a random one of the k, by seed, rank and step."""
+        rows = super().chosen(step)
+        if self.neighbours is None:
+            self.neighbours = self.mine().to(rows.device, torch.int32)
+        key = f"{self.seed} {self.ranks.rank} {step} neighbour"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        column = torch.randint(self.neighbours.shape[1], (len(rows),), generator=generator)
+        return self.neighbours[rows, column.to(rows.device)].long()
+
+    def state(self) -> dict[str, int | Tensor | None]:
+        """What a checkpoint holds."""
+        found = None if self.neighbours is None else self.neighbours.cpu()
+        return {"start": self.start, "neighbours": found}
+
+    def restore(self, state: dict | None) -> None:
+        """Take the neighbours of a checkpoint, unless the stage began at another step."""
+        if state and state["start"] == self.start and state["neighbours"] is not None:
+            self.neighbours = state["neighbours"].to(self.home or "cpu")
+
+
 class ViewBatches:
     """Random views of shuffled batches, augmented several batches at a time.
 
@@ -104,6 +142,7 @@ class ViewBatches:
             step of every `ahead`.
         seed: of the random numbers.
         ahead: batches that are augmented together.
+        neighbours: from its `start` on, a view of a neighbour of each image comes last.
     """
 
     def __init__(
@@ -112,8 +151,10 @@ class ViewBatches:
         augments_at: Callable[[int], Sequence[Callable[[Tensor], Tensor]]],
         seed: int,
         ahead: int = 1,
+        neighbours: NeighbourRows | None = None,
     ) -> None:
         self.batches, self.augments_at, self.seed, self.ahead = batches, augments_at, seed, ahead
+        self.neighbours = neighbours
         self.images = batches.batch_size
         self._made: tuple[int, list[Tensor]] | None = None
 
@@ -129,13 +170,26 @@ class ViewBatches:
             self._made = (group, self._make(group * self.ahead))
         return tuple(views[i] for views in self._made[1])
 
+    def state(self) -> dict | None:
+        """The neighbours, for a checkpoint."""
+        return self.neighbours.state() if self.neighbours else None
+
+    def restore(self, state: dict | None) -> None:
+        """Take the neighbours of a checkpoint."""
+        if self.neighbours:
+            self.neighbours.restore(state)
+
     def _make(self, start: int) -> list[Tensor]:
         steps = range(start, start + self.ahead)
-        images = torch.cat([self.batches.batch(step) for step in steps])
+        augments = self.augments_at(start)
+        sources = len(augments) * [torch.cat([self.batches.batch(step) for step in steps])]
+        if self.neighbours is not None and start >= self.neighbours.start:
+            sources[-1] = torch.cat([self.neighbours.batch(step) for step in steps])
         rank = self.batches.ranks.rank
         torch.manual_seed(zlib.crc32(f"{self.seed} {rank} {start}".encode()))
         return [
-            augment(images).unflatten(0, (self.ahead, -1)) for augment in self.augments_at(start)
+            augment(images).unflatten(0, (self.ahead, -1))
+            for augment, images in zip(augments, sources, strict=True)
         ]
 
 
@@ -153,7 +207,8 @@ class CachedViewBatches:
         batches: of rows (V, F): the features of V views of an image.
         seed: of the choice, which depends on it, the step and the rank alone.
         whole: the same batches of rows (1, F), of the images themselves: one more view.
-        views: of each image at a step, 1 or 2 different ones.
+        views: of each image at a step, all different.
+        neighbours: of rows (1, F); from its `start` on, a neighbour of each image comes last.
     """
 
     def __init__(
@@ -162,8 +217,10 @@ class CachedViewBatches:
         seed: int,
         whole: DeviceBatches | None = None,
         views: int = 2,
+        neighbours: NeighbourRows | None = None,
     ) -> None:
         self.batches, self.seed, self.whole, self.views = batches, seed, whole, views
+        self.neighbours = neighbours
         self.images = batches.batch_size
 
     def __len__(self) -> int:
@@ -171,19 +228,29 @@ class CachedViewBatches:
         return len(self.batches)
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Features of one or two different views of each image at `step`, (B, F) float32 each."""
+        """Features of `views` different views of each image at `step`, (B, F) float32 each; in the
+        second stage also those of a neighbour."""
         rows = self.batches.batch(step)  # (B, V, F)
         if self.whole is not None:
             rows = torch.cat([rows, self.whole.batch(step)], dim=1)
         B, V, _ = rows.shape
         key = f"{self.seed} {self.batches.ranks.rank} {step} cached"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        first = torch.randint(V, (B,), generator=generator)
-        chosen = [first]
-        if self.views == 2:
-            chosen.append((first + torch.randint(1, V, (B,), generator=generator)) % V)
+        order = torch.rand(B, V, generator=generator).argsort(dim=1).to(rows.device)
         image = torch.arange(B, device=rows.device)
-        return tuple(rows[image, view.to(rows.device)].float() for view in chosen)
+        found = [rows[image, order[:, i]].float() for i in range(self.views)]
+        if self.neighbours is not None and step >= self.neighbours.start:
+            found.append(self.neighbours.batch(step)[:, 0].float())
+        return tuple(found)
+
+    def state(self) -> dict | None:
+        """The neighbours, for a checkpoint."""
+        return self.neighbours.state() if self.neighbours else None
+
+    def restore(self, state: dict | None) -> None:
+        """Take the neighbours of a checkpoint."""
+        if self.neighbours:
+            self.neighbours.restore(state)
 
 
 class SemiSupervisedBatches:

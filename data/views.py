@@ -11,6 +11,7 @@ from data.augment import AUGMENTATIONS, CROP_FLIP, CROP_JITTER, CropFlip, CropJi
 from data.batches import (
     CachedViewBatches,
     DeviceBatches,
+    NeighbourRows,
     SemiSupervisedBatches,
     ViewBatches,
     batches_ahead,
@@ -24,20 +25,61 @@ from utils.device import autocast
 from utils.distributed import Ranks
 from utils.errors import UserError
 from utils.evaluation import RetrievalEvaluation, describe_images, evaluating
+from utils.neighbours import nearest_by_cosine
+
+SECOND_STAGE_AREA = 0.2  # smallest crop in the second stage, as a share of the image
 
 
 def random_views(
-    args: Namespace, images: Images, ranks: Ranks, device: torch.device
+    args: Namespace, images: Images, model: QuantizationNetwork, ranks: Ranks
 ) -> ViewBatches:
-    """Two views of each image of a batch, new ones at each step."""
+    """--views random views of each image of a batch, new ones at each step; in the second stage
+    (--neighbour_share) also one of a mined neighbour."""
+    device = next(model.parameters()).device
     batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
     augment_at = augmentation_at(args, len(batches), device)
+    ahead = batches_ahead(device, (args.views + 1) * args.batch_size, args.crop_size)
+    start = second_stage(args, len(batches), ahead)
+    later = augmentation(args, args.crop_size, device, SECOND_STAGE_AREA)
 
     def augments_at(step: int) -> Sequence[nn.Module]:  # one for each view
-        return 2 * [augment_at(step)]
+        if start is not None and step >= start:
+            return (args.views + 1) * [later]
+        return args.views * [augment_at(step)]
 
-    ahead = batches_ahead(device, 2 * args.batch_size, args.crop_size)
-    return ViewBatches(batches, augments_at, args.seed, ahead)
+    neighbours = mined_neighbours(args, batches, start, model)
+    return ViewBatches(batches, augments_at, args.seed, ahead, neighbours)
+
+
+def second_stage(args: Namespace, epoch_steps: int, ahead: int = 1) -> int | None:
+    """The step at which the second stage begins; None without one.
+
+    Args:
+        args: epochs, neighbour_share.
+        epoch_steps: batches in an epoch.
+        ahead: batches that are augmented together, at the first of which it begins.
+    """
+    if not args.neighbour_share:
+        return None
+    return round((1 - args.neighbour_share) * args.epochs * epoch_steps) // ahead * ahead
+
+
+def mined_neighbours(
+    args: Namespace, batches: DeviceBatches, start: int | None, model: QuantizationNetwork
+) -> NeighbourRows | None:
+    """Batches of neighbours, the --neighbours nearest by the cosine of the model's descriptors as
+    they are at `start`; None without a second stage."""
+    if start is None:
+        return None
+    k = min(args.neighbours, len(batches.rows) - 1)
+
+    def mine() -> Tensor:
+        lower, eager = autocast(args.amp, batches.device), torch.compiler.set_stance("force_eager")
+        with evaluating(model), lower, eager:  # compiled for the shapes of training alone
+            x = describe_images(model, batches.rows, args.input_size)
+        return nearest_by_cosine(x, x, k, exclude_self=True)[0]
+
+    return NeighbourRows(batches, start, mine)
 
 
 def labelled_and_unlabelled(
@@ -153,12 +195,14 @@ def taught_batches(
     )
 
 
-def augmentation(args: Namespace, size: int, device: torch.device) -> nn.Module:
-    """--augmentation, of crops of `size` pixels."""
+def augmentation(
+    args: Namespace, size: int, device: torch.device, least_area: float = 0.0
+) -> nn.Module:
+    """--augmentation, of crops of `size` pixels and at least --crop_min_area and `least_area`."""
     if args.augmentation == CROP_FLIP:
         return CropFlip(size, [value / 255 for value in MEAN]).to(device)
     make = CropJitter if args.augmentation == CROP_JITTER else AUGMENTATIONS[args.augmentation]
-    return make(size, args.crop_min_area, args.jitter_strength).to(device)
+    return make(size, max(args.crop_min_area, least_area), args.jitter_strength).to(device)
 
 
 def augmentation_at(
@@ -179,14 +223,17 @@ def kept_views(
     model: QuantizationNetwork,
     ranks: Ranks,
 ) -> CachedViewBatches:
-    """Two views of each image of a batch, out of the image itself and --cached_views random ones,
-    which went through the frozen trunk once. Where there is an evaluation it gets the features of
-    its images too.
+    """--views different views of each image of a batch, out of the image itself and --cached_views
+    random ones, which go through the frozen trunk once; in the second stage also a neighbour. An
+    evaluation gets the features of its images too.
 
     Raises:
         UserError: if the features cannot be kept on disk.
     """
-    batches = _kept(args, images, model, ranks, args.batch_size, args.seed, "images", views=2)
+    size, views = args.batch_size, args.views
+    batches = _kept(args, images, model, ranks, size, args.seed, "images", views)
+    start = second_stage(args, len(batches))
+    batches.neighbours = mined_neighbours(args, batches.whole, start, model)
     if evaluate is not None:
         _keep_evaluation(args, evaluate, model, ranks)
     return batches

@@ -7,6 +7,7 @@ from losses.contrastive import contrastive_loss
 from losses.cqc import cqc_loss
 from losses.entropy import subspace_entropy_loss
 from losses.n_pair_pq import n_pair_pq_loss
+from losses.neighbour_consistency import neighbour_consistency_loss
 from losses.regression import regression_loss
 from losses.structure_similarity import structure_similarity_loss
 from losses.tuple_contrastive import tuple_contrastive_loss
@@ -20,6 +21,7 @@ __all__ = [
     "hvs_loss",
     "lce_loss",
     "n_pair_pq_loss",
+    "neighbour_consistency_loss",
     "prototype_logits",
     "regression_loss",
     "structure_similarity_loss",

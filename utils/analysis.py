@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from utils.retrieval import search
@@ -46,6 +47,21 @@ def perplexity(usage: Tensor) -> Tensor:
         (M,) float64 in [1, K].
     """
     return torch.special.entr(usage.double()).sum(dim=1).exp()
+
+
+def codeword_purity(codes: Tensor, labels: Tensor) -> float:
+    """Share of the items whose class is the most frequent one on their codeword.
+
+        purity = mean over m of  sum_k max_c #{n : codes[n, m] = k, labels[n] = c} / N
+
+    Args:
+        codes: (N, M) integers.
+        labels: (N,) classes.
+    """
+    classes = int(labels.max()) + 1
+    pairs = [torch.bincount(column.long() * classes + labels) for column in codes.T]
+    largest = [F.pad(n, (0, -len(n) % classes)).view(-1, classes).amax(1).sum() for n in pairs]
+    return float(sum(largest)) / codes.numel()
 
 
 class Pairs(NamedTuple):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.analysis import first_of_each_class
+from utils.analysis import codeword_purity, first_of_each_class
 from utils.metrics import evaluate_retrieval
+from utils.neighbours import KNN_NEIGHBOURS, knn_accuracy, nearest_by_cosine, neighbour_purity
 
 # in a batch: images of 32 pixels, and fewer of larger ones
 EVAL_BATCH, EVAL_PIXELS, LEAST_BATCH = 500, 500 * 32 * 32, 50
@@ -93,6 +94,9 @@ class RetrievalEvaluation:
         size: side that images are encoded at, pixels.
         top_n: the N of mAP@N, or "all".
         distances: that are ranked by; the first one's figures lead.
+        diagnose: also measure the descriptors themselves: `neighbour_purity@20`, `knn_accuracy`
+            (single labels) and `codeword_purity`. The database is then encoded to descriptors,
+            4 D bytes each.
 
     Attributes:
         features: of the queries and of the database, to encode in place of the images, which a
@@ -107,10 +111,13 @@ class RetrievalEvaluation:
         size: int,
         top_n: int | str,
         distances: Sequence[str],
+        diagnose: bool = False,
     ) -> None:
         self.query, self.db = query, db
         self.size, self.top_n = size, top_n
         self.distances = tuple(distances)
+        self.diagnose = diagnose
+        self.diagnosis: dict[str, float] = {}
         self.features: tuple[Rows, Rows] | None = None
         self.encoded: tuple[Tensor, Tensor] | None = None
 
@@ -119,9 +126,27 @@ class RetrievalEvaluation:
         images = self.features or (self.query[0], self.db[0])
         with evaluating(model):
             query = describe_images(model, images[0], self.size)
-            db_codes = encode_images(model, images[1], self.size)
+            if self.diagnose:
+                db = describe_images(model, images[1], self.size)
+                db_codes = model.quantizer.encode(db)
+                self.diagnosis = self._diagnose(query, db, db_codes)
+            else:
+                db_codes = encode_images(model, images[1], self.size)
         self.encoded = (query, db_codes)
         return self.encoded
+
+    def _diagnose(self, query: Tensor, db: Tensor, db_codes: Tensor) -> dict[str, float]:
+        """What limits the figures: features (neighbours, kNN) or codewords."""
+        labels, db_labels = self.query[1].to(db.device), self.db[1].to(db.device)
+        k = min(KNN_NEIGHBOURS, len(db))
+        neighbours, sims = nearest_by_cosine(query, db, k)
+        found = {
+            "neighbour_purity@20": neighbour_purity(neighbours[:, :20], labels, db_labels),
+        }
+        if labels.dim() == 1:
+            found["knn_accuracy"] = knn_accuracy(neighbours, sims, labels, db_labels)
+            found["codeword_purity"] = codeword_purity(db_codes, db_labels)
+        return found
 
     def __call__(self, model: nn.Module) -> list[dict]:
         """Metrics under each distance, the headline first. Leaves the model's mode as it was."""
@@ -129,6 +154,7 @@ class RetrievalEvaluation:
         codebooks = model.quantizer.codebooks.detach().float()
         return [
             {"code_bits": model.quantizer.code_bits}
+            | self.diagnosis
             | evaluate_retrieval(
                 query,
                 self.query[1],

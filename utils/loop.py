@@ -34,6 +34,7 @@ LOWEST_SCALE = 2.0**-24  # of fp16 gradients: below it every step so far has ove
 # recipe is another run
 FIXED_ON_RESUME = ["batch_size", "seed", "limit_train", "optimizer", "validate", "recipe"]
 FIXED_ON_RESUME += ["dataset", "protocol", "split_seed", "freeze_trunk", "cached_views"]
+STAGE_FLAGS = ["views", "neighbour_share", "neighbours"]  # and these, of SPQ
 TUPLE_FLAGS = ["tuples", "pool", "negatives"]  # and these, of what mines tuples
 # why a loop pauses, as bits of one number: the greatest over the ranks counts for all of them
 LATE, OVER, SIGNAL_SHIFT = 1, 2, 2  # a checkpoint is due; time is over; above them the signal
@@ -85,6 +86,8 @@ class Trainer:
             evaluate with.
         ranks: this process among the others.
         checkpoint: state to go on from, as `utils.checkpoint.load_checkpoint` returns it.
+        second_stage: the step at which a second stage begins, with a learning rate of its own; None
+            without one.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Trainer:
         evaluate: Callable[[nn.Module], list[dict]] | None,
         ranks: Ranks,
         checkpoint: dict | None = None,
+        second_stage: int | None = None,
     ) -> None:
         self.args, self.method, self.model = args, method, model
         self.embed, self.loss_of = embed, loss_of
@@ -107,7 +111,7 @@ class Trainer:
         self.optimizers = build_optimizers(args, model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
         self.lr_at = lr_schedule(
-            args.lr_schedule, args.lr, args.epochs, len(batches), args.warmup_epochs
+            args.lr_schedule, args.lr, args.epochs, len(batches), args.warmup_epochs, second_stage
         )
         self.total_steps = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
         self.epoch_steps = len(batches)  # of the training: a checkpoint may be of another set
@@ -417,10 +421,11 @@ class Trainer:
     def _restore(self, checkpoint: dict) -> None:
         args, path = self.args, Path(checkpoint["path"])
         # older ones have no such flags
-        saved = {"validate": False, "recipe": args.recipe} | checkpoint["args"]
+        saved = {"validate": False, "recipe": args.recipe, "views": 2, "neighbour_share": 0.0}
+        saved |= {"neighbours": vars(args).get("neighbours")} | checkpoint["args"]
         if not args.eval_only:
             why = "they fix the order of the images, the state of the optimizer and what is trained"
-            fixed = FIXED_ON_RESUME + [name for name in TUPLE_FLAGS if name in args]
+            fixed = FIXED_ON_RESUME + [n for n in TUPLE_FLAGS + STAGE_FLAGS if n in args]
             check_same(saved, args, fixed, why, path)
         try:
             self.model.load_state_dict(checkpoint["model"])

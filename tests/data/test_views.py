@@ -14,7 +14,7 @@ from models import GPQ, PrototypeQuantizer, build_spq
 from models.vgg import MEAN
 from utils.distributed import Ranks
 from utils.errors import UserError
-from utils.evaluation import RetrievalEvaluation
+from utils.evaluation import RetrievalEvaluation, to_unit
 
 CPU = torch.device("cpu")
 N, V = 40, 4
@@ -40,6 +40,9 @@ def flags(cache, **changes):
         "eval_only": False,
         "reversal_weight": 1.0,
         "reversal_warmup_epochs": 0.0,
+        "views": 2,
+        "neighbour_share": 0.0,
+        "neighbours": 3,
     }
     known |= {"entropy_weight": 0.1}
     return Namespace(**(known | changes))
@@ -74,17 +77,69 @@ def test_the_augmentation_is_that_of_the_flags():
     assert (found.crop_size, found.min_area, found.strength) == (9, 0.5, 0.25)
 
 
-def test_early_steps_have_small_crops(images):
-    views = random_views(flags(None), images, Ranks(), CPU)
+def test_early_steps_have_small_crops(images, model):
+    views = random_views(flags(None), images, model, Ranks())
     sizes = [views.batch(step)[0].shape[-1] for step in range(8)]
     assert sizes == [8, 8, 12, 12, 12, 12, 12, 12]  # a quarter of two epochs of four
     one, two = views.batch(3)
     assert one.shape == two.shape == (10, 3, 12, 12)
     assert not torch.equal(one, two)
-    again = random_views(flags(None), images, Ranks(), CPU)
+    again = random_views(flags(None), images, model, Ranks())
     assert torch.equal(again.batch(3)[0], one)
-    other = random_views(flags(None, seed=3), images, Ranks(), CPU)
+    other = random_views(flags(None, seed=3), images, model, Ranks())
     assert not torch.equal(other.batch(3)[0], one)
+
+
+def test_each_image_has_so_many_views(images, model):
+    views = random_views(flags(None, views=3), images, model, Ranks()).batch(5)
+    assert [view.shape for view in views] == 3 * [(10, 3, 12, 12)]
+    assert not torch.equal(views[0], views[2])
+
+
+# --- the second stage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached_views", [0, V])
+def test_the_second_stage_adds_a_nearest_neighbour(cached_views, tmp_path, images, model):
+    stage = flags(tmp_path, neighbour_share=0.375, cached_views=cached_views)
+    if cached_views:
+        batches = kept_views(stage, images, None, model, Ranks())
+        rows = batches.whole.rows[:][:, 0].float()
+    else:
+        batches = random_views(stage, images, model, Ranks())
+        rows = images
+    assert batches.neighbours.start == 5  # of eight steps
+    assert [len(batches.batch(step)) for step in range(8)] == 5 * [2] + 3 * [3]
+    # naive: the three largest cosines of the model's descriptors, itself left out
+    with torch.no_grad():
+        x = model.eval().describe(rows if cached_views else to_unit(images, 16))
+    for n, found in enumerate(batches.neighbours.neighbours.tolist()):
+        sims = [float(x[n] @ x[j] / (x[n].norm() * x[j].norm())) for j in range(N)]
+        want = sorted((j for j in range(N) if j != n), key=lambda j: -sims[j])[:3]
+        assert found == want
+    assert model.training is False
+    drawn = batches.neighbours.chosen(6)
+    for image, neighbour in zip(batches.batches.chosen(6), drawn, strict=True):
+        assert neighbour in batches.neighbours.neighbours[image]
+    if cached_views:
+        torch.testing.assert_close(batches.batch(6)[-1], rows[drawn])
+
+
+def test_neighbours_of_a_checkpoint_are_kept_while_the_stage_begins_at_the_same_step(images, model):
+    def make(share):
+        return random_views(flags(None, neighbour_share=share), images, model, Ranks())
+
+    first = make(0.5)
+    assert first.state()["neighbours"] is None  # before the stage
+    views = first.batch(4)
+    torch.nn.init.normal_(model.head[2].weight)  # training went on
+    state = first.state()
+    same, other = make(0.5), make(0.25)
+    same.restore(state)
+    other.restore(state)
+    for one, two in zip(same.batch(4), views, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(other.batch(6)[-1], same.batch(6)[-1])  # mined from the new weights
 
 
 # --- kept ones ----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from utils import analysis
 from utils.analysis import (
     Pairs,
+    codeword_purity,
     codeword_usage,
     embed,
     first_of_each_class,
@@ -46,6 +47,16 @@ def test_perplexity_by_hand():
     # the last: entropy 1/2 ln 2 + 2 * 1/4 ln 4 = 3/2 ln 2
     want = [4, 1, 2, 2**1.5]
     assert perplexity(torch.tensor(rows)).tolist() == pytest.approx(want)
+
+
+def test_codeword_purity_equals_counting():
+    codes, labels = torch.randint(0, 4, (50, 3)), torch.randint(0, 5, (50,))
+    right = 0
+    for m in range(3):
+        for k in range(4):
+            mine = [int(labels[n]) for n in range(50) if codes[n, m] == k]
+            right += max((mine.count(c) for c in range(5)), default=0)
+    assert codeword_purity(codes, labels) == pytest.approx(right / 150)
 
 
 def problem(multi_label=False):

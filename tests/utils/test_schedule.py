@@ -66,3 +66,11 @@ def test_staircase_counts_from_the_end_of_its_warm_up():
 def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match="unknown schedule 'step'"):
         lr_schedule("step", 1.0, 1, 1)
+
+
+def test_a_second_stage_has_a_cosine_of_its_own():
+    lr_at = lr_schedule("cosine", 1.0, epochs=4, steps_per_epoch=10, second_stage=30)
+    alone = lr_schedule("cosine", 1.0, epochs=3, steps_per_epoch=10)
+    assert [lr_at(step) for step in range(30)] == [alone(step) for step in range(30)]
+    later = lr_schedule("cosine", 0.3, epochs=1, steps_per_epoch=10)
+    assert [lr_at(30 + i) for i in range(10)] == pytest.approx([later(i) for i in range(10)])
