@@ -28,7 +28,7 @@ from utils.schedule import SCHEDULES
 LOSSES = ("cqc", "cqc-paper", "contrastive")
 SPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "staircase")
 GPQ_SCHEDULES = tuple(name for name in SCHEDULES if name != "released")
-SSP_SCHEDULES = ("cosine", "constant")
+SSP_SCHEDULES = ("cosine", "constant", "wsd")
 SSP_METHODS = ("ssp", "regression", "aml", "hvs", "lce")
 # flags of main_SSP.py that only these methods heed
 METHOD_FLAGS = {
@@ -1069,7 +1069,8 @@ def add_training_flags(
         "--lr_schedule",
         choices=schedules,
         default="cosine",
-        help="cosine: falls to 0 over all epochs; "
+        help="cosine: falls to 0 over all epochs; wsd: constant, falls to 0 in the last 0.3 of the "
+        "steps, so that --epochs can still be changed on a resume before the fall; "
         + (
             "released: constant for 10 epochs, then a cosine that swings with a period of 2 * "
             "steps-per-epoch epochs"

@@ -26,6 +26,7 @@ from data.cifar10 import CLASSES
 from data.datasets import load_dataset
 from utils import run_figures
 from utils.analysis import (
+    codeword_purity,
     codeword_usage,
     embed,
     first_of_each_class,
@@ -235,6 +236,17 @@ def make_codeword_usage(scene: Scene, paths: list[Path]) -> dict:
     }
 
 
+def make_codeword_classes(scene: Scene, paths: list[Path]) -> dict:
+    """Classes of the database's items on each codeword of the first codebook."""
+    _, codes = scene.encoded
+    labels, (K, C) = scene.evaluation.db[1], (scene.codebooks.shape[1], len(CLASSES))
+    counts = torch.bincount(codes[:, 0].long() * C + labels, minlength=K * C).view(K, C)
+    purity = codeword_purity(codes, labels)
+    title = f"{scene.name}, codebook 1; purity of all codebooks {purity:.2f}"
+    run_figures.codeword_classes(counts.numpy(), CLASSES, title, paths)
+    return {"codeword_purity": purity, "codebook_1": counts.tolist()}
+
+
 def make_distance_histogram(scene: Scene, paths: list[Path]) -> dict:
     """Of pairs drawn by seed."""
     x, codes = scene.encoded
@@ -263,6 +275,7 @@ PICTURES = {
     "retrieval": make_retrieval,
     "tsne": make_tsne,
     "codeword_usage": make_codeword_usage,
+    "codeword_classes": make_codeword_classes,
     "distance_histogram": make_distance_histogram,
 }
 

@@ -221,12 +221,14 @@ def test_gradients_that_are_not_finite_stop_before_the_step(small_set, tmp_path,
         ["--amp=bf16", "--optimizer=adamw", "--warmup_epochs=0.5"],
         ["--input_size=24", "--distance=l2", "--crop_size=24", "--width=6"],
         ["--augmentation=batched", "--crop_min_area=0.2", "--jitter_strength=0.5"],
-        ["--joint_views", "--optimizer=muon"],
+        ["--joint_views", "--optimizer=muon", "--views=3"],
+        ["--neighbour_share=1", "--joint_views", "--accumulate=2"],
+        ["--neighbour_share=1", "--quantizer=hard", "--views=4"],
         ["--accumulate=2", "--cuda_graph=False"],
         ["--recipe=released", "--epochs=2"],
         ["--recipe=fast", "--epochs=2"],
     ],
-    ids=lambda flags: flags[0].strip("-"),
+    ids=" ".join,
 )
 def test_every_variant_runs(flags, small_set, tmp_path):
     run(small_set, tmp_path, *flags, "--max_steps=2", "--limit_db=60", "--limit_query=10")
@@ -355,7 +357,11 @@ def test_validate_asks_held_out_training_images(small_set, tmp_path, monkeypatch
     assert torch.equal(seen["evaluate"].query[1], train.labels[270:])
     assert torch.equal(seen["evaluate"].db[0], train.images[:270])
     assert torch.equal(seen["batches"], train.images[:270])
-    assert log_of(tmp_path, "eval")[0]["queries"] == 30
+    evaluated = log_of(tmp_path, "eval")[0]
+    assert evaluated["queries"] == 30
+    assert seen["evaluate"].diagnosis.items() <= evaluated.items()
+    names = {"neighbour_purity@20", "knn_accuracy", "codeword_purity"}
+    assert seen["evaluate"].diagnosis.keys() == names
     with pytest.raises(UserError, match=r"--validate=False: .* made with --validate=True"):
         run(small_set, tmp_path, "--resume=auto")
     # an evaluation of its own asks the same images, unless told otherwise
@@ -403,3 +409,22 @@ def test_a_resumed_run_with_two_optimizers_ends_bit_equal(small_set, tmp_path):
     run(small_set, tmp_path / "cut", *flags, "--max_steps=7")
     run(small_set, tmp_path / "cut", *flags, "--resume=auto")
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_second_stage_resumes_bit_equal(small_set, tmp_path):
+    flags = ["--neighbour_share=0.5", "--neighbours=5", "--views=3", "--lr=0.01"]
+    flags += ["--limit_db=60", "--limit_query=10"]
+    run(small_set, tmp_path / "whole", *flags)
+    start = STEPS // 2
+    for cut in (start, start + 4):  # before the neighbours are mined, and with them
+        run(small_set, tmp_path / "cut", *flags, f"--max_steps={cut}", "--resume=auto")
+    state = load_checkpoint(tmp_path / "cut" / LAST)["batches"]
+    assert state["start"] == start
+    assert state["neighbours"].shape == (5 * small_cifar.ROWS, 5)
+    run(small_set, tmp_path / "cut", *flags, "--resume=auto")
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    train = log_of(tmp_path / "cut", "train")
+    assert ["neighbour" in e for e in train] == start * [False] + start * [True]
+    assert train[-1]["loss"] == pytest.approx(train[-1]["cqc"] + train[-1]["neighbour"], abs=1e-5)
+    with pytest.raises(UserError, match=r"--neighbours=6: .* was made with --neighbours=5"):
+        run(small_set, tmp_path / "cut", *flags, "--neighbours=6", "--resume=auto")

@@ -63,7 +63,8 @@ def save(figure: Figure, paths: Paths) -> None:
 def learning_curve(
     entries: list[dict], path: Paths, name: str, distance: str, title: str = ""
 ) -> None:
-    """Loss over steps and epochs, and mAP where it was evaluated.
+    """Loss over steps and epochs, and mAP where it was evaluated. A dotted line marks the beginning
+    of a second stage, whose loss is another one.
 
     Args:
         entries: lines of metrics.jsonl.
@@ -75,7 +76,13 @@ def learning_curve(
     train = [e for e in entries if e["kind"] == "train" and "loss" in e]
     evals = [e for e in entries if e["kind"] == "eval" and e["distance"] == distance and name in e]
     figure, axis = plt.subplots(figsize=(COLUMN, 2.8), constrained_layout=True)
-    axis.plot([e["step"] for e in train], [e["loss"] for e in train], color=GREY, lw=0.7)
+    stages = [e for e in train if "neighbour" not in e], [e for e in train if "neighbour" in e]
+    for stage in stages:
+        axis.plot([e["step"] for e in stage], [e["loss"] for e in stage], color=GREY, lw=0.7)
+    if stages[1]:
+        axis.axvline(stages[1][0]["step"], color=GREY, lw=0.8, ls=":")
+        place = (stages[1][0]["step"], 0.02)
+        axis.annotate("second stage ", place, xycoords=("data", "axes fraction"), ha="right")
     axis.set_xlabel("optimisation step")
     axis.set_ylabel("training loss (nats), line", color=GREY)
     if evals:

@@ -163,6 +163,32 @@ def _near(points: np.ndarray, others: np.ndarray, radius: float = 0.08) -> np.nd
 
 
 @plt.rc_context(PRINT)
+def codeword_classes(counts: np.ndarray, classes: Sequence[str], title: str, path: Paths) -> None:
+    """A row a codeword of one codebook: its items by class, in percent of the class.
+
+    Codewords of one class are rows with a single dark cell; codewords that classes share are grey.
+
+    Args:
+        counts: (K, C) items of each class on each codeword.
+        classes: C names.
+        title: above the picture.
+        path: where the picture goes.
+    """
+    shares = counts / np.maximum(1, counts.sum(axis=0))
+    order = np.lexsort((-shares.max(axis=1), shares.argmax(axis=1)))  # by class, then by share
+    figure, axis = plt.subplots(figsize=(COLUMN, 3.2), constrained_layout=True)
+    image = axis.imshow(
+        100 * shares[order], cmap="Greys", vmin=0, vmax=100, aspect="auto", interpolation="none"
+    )
+    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(len(order)), [str(k + 1) for k in order], fontsize=6)
+    axis.set_ylabel("codeword")
+    figure.colorbar(image, ax=axis, aspect=25).set_label("% of the class's items")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+@plt.rc_context(PRINT)
 def codeword_usage(usage: np.ndarray, perplexities: Sequence[float], path: Paths) -> None:
     """A row a codebook: its codewords from most used to least, and its perplexity.
 

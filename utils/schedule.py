@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 
-SCHEDULES = ("cosine", "constant", "staircase", "released")
+SCHEDULES = ("cosine", "constant", "wsd", "staircase", "released")
 RELEASED_CONSTANT_EPOCHS = 10
+DECAY_SHARE = 0.3  # of the steps in which "wsd" falls
 SECOND_STAGE_LR = 0.3  # peak rate of the second stage, as a share of the first's
 STAIR_STEPS, STAIR_FACTOR = 100, 0.95
 
@@ -21,6 +22,8 @@ def lr_schedule(
 
         cosine:    lr * (1 + cos(pi * t)) / 2, t the fraction of the steps after warm-up done
         constant:  lr
+        wsd:       lr, then linearly to 0 in the last 0.3 of the steps (warm-up, stable,
+                   decay); until the fall begins, `epochs` may still be changed
         staircase: lr * 0.95^floor(t / 100), t the steps after warm-up done
         released:  lr for 10 epochs, then lr * (1 + cos(pi * (epoch - 10) / steps_per_epoch)) / 2,
                    which swings up again: with CIFAR-10's 195 steps its period is 390 epochs
@@ -39,7 +42,7 @@ def lr_schedule(
     Raises:
         ValueError: if the kind is unknown.
     Source: SPQ's released training loop ("released"), GPQ's ("staircase"); Loshchilov & Hutter
-        2017 (cosine).
+        2017 (cosine); Hägele et al. 2024 (wsd).
     """
     if kind not in SCHEDULES:
         raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULES)}")
@@ -54,6 +57,8 @@ def lr_schedule(
             return lr * (step + 1) / warmup
         if kind == "constant":
             return lr
+        if kind == "wsd":
+            return lr * min(1.0, (total - step) / max(1, DECAY_SHARE * total))
         if kind == "staircase":
             return lr * STAIR_FACTOR ** ((step - warmup) // STAIR_STEPS)
         if kind == "cosine":

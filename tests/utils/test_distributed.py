@@ -222,14 +222,17 @@ def torchrun(small_files, output_dir, *flags):
     )
 
 
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_main_s_own_step_equals_that_of_one_process(parts, small_files, small_set, tmp_path):
+def test_main_s_own_step_equals_that_of_one_process(parts, stage, small_files, small_set, tmp_path):
     # --views=same takes the augmentation out: its random numbers are each rank's own
     # sgd, because Adam turns the rounding of small gradients into whole steps of either sign;
     # batch norm frozen where a batch goes through in parts, which have statistics of their own
     # float32, because --amp=auto goes by the clock and may find one dtype here, another there
     sgd = ["--max_steps=2", "--optimizer=sgd", "--lr=0.003", "--amp=off"]
     sgd += ["--freeze_bn_epoch=0"] if parts > 1 else []
+    # one neighbour, because each rank draws among several by itself
+    sgd += ["--neighbour_share=1", "--neighbours=1"] if stage == 2 else []
     two = torchrun(small_files, tmp_path / "two", *sgd, "--views=same", f"--accumulate={parts}")
     assert two.returncode == 0, two.stderr
     with pytest.MonkeyPatch.context() as patch:
@@ -243,7 +246,7 @@ def test_main_s_own_step_equals_that_of_one_process(parts, small_files, small_se
         losses.append([e["loss"] for e in entries if e["kind"] == "train"])
     # float32; without the other rank's negatives the loss would be lower by log 2
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert abs(losses[0][0] - losses[0][1]) > 0.005  # gradients have been at work
+    assert abs(losses[0][0] - losses[0][1]) > 0.002  # gradients have been at work
 
 
 def test_torchrun_heeds_time_and_signals_within_an_epoch(small_files, tmp_path):

@@ -74,3 +74,10 @@ def test_a_second_stage_has_a_cosine_of_its_own():
     assert [lr_at(step) for step in range(30)] == [alone(step) for step in range(30)]
     later = lr_schedule("cosine", 0.3, epochs=1, steps_per_epoch=10)
     assert [lr_at(30 + i) for i in range(10)] == pytest.approx([later(i) for i in range(10)])
+
+
+def test_wsd_is_constant_and_falls_linearly_at_the_end():
+    lr_at = lr_schedule("wsd", 2.0, epochs=2, steps_per_epoch=10, warmup_epochs=0.2)
+    assert [lr_at(step) for step in range(20)] == pytest.approx(
+        [1, 2] + 12 * [2] + [2 * left / 6 for left in (6, 5, 4, 3, 2, 1)]
+    )
