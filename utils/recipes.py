@@ -13,10 +13,13 @@ SPQ_RECIPES: dict[str, dict] = {
         "epochs": 5000,
         "distance": "l2",
     },
-    # for short trainings (results/README.md); crops are for images of 32 pixels and grow with
-    # --input_size
+    # for short trainings (results/README.md): four views, and a second stage on neighbours; crops
+    # are for images of 32 pixels and grow with --input_size
     "fast": {
         "loss": "cqc",
+        "views": 4,
+        "batch_size": 128,
+        "neighbour_share": 0.15,
         "contrastive_temperature": 0.2,
         "optimizer": "muon",
         "lr": 2e-3,
@@ -25,8 +28,8 @@ SPQ_RECIPES: dict[str, dict] = {
         "crop_size": 24,
         "early_crop_size": 16,
         "early_share": 0.6,
-        "epochs": 12,
-        "eval_epoch": 4,
+        "epochs": 6,
+        "eval_epoch": 3,
     },
 }
 
