@@ -23,14 +23,15 @@ def nearest_by_cosine(
     Returns:
         Indices (N, k) int64 and cosines (N, k) float32, best first.
     """
-    x, among = F.normalize(x.float(), dim=1), F.normalize(among.float(), dim=1)
     found = []
-    for start in range(0, len(x), CHUNK):
-        sim = x[start : start + CHUNK] @ among.T  # (CHUNK, L)
-        if exclude_self:
-            row = torch.arange(len(sim), device=sim.device)
-            sim[row, start + row] = -torch.inf
-        found.append(sim.topk(k, dim=1))
+    with torch.autocast(x.device.type, enabled=False):
+        x, among = F.normalize(x.float(), dim=1), F.normalize(among.float(), dim=1)
+        for start in range(0, len(x), CHUNK):
+            sim = x[start : start + CHUNK] @ among.T  # (CHUNK, L)
+            if exclude_self:
+                row = torch.arange(len(sim), device=sim.device)
+                sim[row, start + row] = -torch.inf
+            found.append(sim.topk(k, dim=1))
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
 

@@ -24,6 +24,14 @@ def test_nearest_equals_sorting_all_cosines(exclude_self, monkeypatch):
         assert sims[n].tolist() == pytest.approx([cosines[j] for j in want], abs=1e-6)
 
 
+def test_cosines_are_float32_under_autocast():
+    x = torch.randn(N, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        index, sims = nearest_by_cosine(x, x, K)
+    assert sims.dtype == torch.float32
+    assert torch.equal(index, nearest_by_cosine(x, x, K)[0])
+
+
 def test_copies_of_an_image_are_neighbours():
     x = torch.eye(3).repeat(2, 1)
     assert nearest_by_cosine(x, x, 1, exclude_self=True)[0][:, 0].tolist() == [3, 4, 5, 0, 1, 2]
