@@ -1321,11 +1321,14 @@ def parse_args(
             )
         args.crop_size = args.early_crop_size = None  # a recipe's, of the views that it names
         args.early_share = 0.0
-    if args.cached_views and getattr(args, "views", 2) > args.cached_views + 1:
-        parser.error(
-            f"--views={args.views}: --cached_views={args.cached_views} gives "
-            f"{args.cached_views + 1} views of each image; raise it, or lower --views"
-        )
+    if args.cached_views and "views" in args:
+        most = args.cached_views + 1
+        if "views" in args.given and args.views > most:
+            parser.error(
+                f"--views={args.views}: --cached_views={args.cached_views} gives {most} views of "
+                "each image; raise it, or lower --views"
+            )
+        args.views = min(args.views, most)  # a recipe's
     if args.cached_views:
         early = args.given & {"early_crop_size", "early_share"}
         if early:

@@ -326,6 +326,13 @@ def test_kept_views_leave_the_early_crops_of_a_recipe_away():
     assert parse("--recipe=fast", *frozen[:2]).early_share == 0.6
 
 
+def test_kept_views_bound_the_views_of_a_step(capsys):
+    frozen = ("--freeze_trunk", "--pretrained", "--cached_views=2")
+    assert parse("--recipe=fast", *frozen).views == 3  # of a recipe's four
+    assert parse("--views=3", *frozen).views == 3
+    assert "--cached_views=2 gives 3 views" in refused(capsys, "--views=4", *frozen)
+
+
 # --- main_GPQ.py --------------------------------------------------------------------------------
 
 
