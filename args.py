@@ -651,9 +651,8 @@ def add_model_flags(parser: Parser, lengths: str) -> None:
         type=count,
         default=0,
         metavar="N",
-        help="with --freeze_trunk: each image itself and so many random views of it go through the "
-        "trunk, once, and each step takes two of these (GPQ: one); 1 does. 0: new views at each "
-        "step",
+        help="with --freeze_trunk: each image itself and N random views of it go through the "
+        "backbone once, and each step takes --views of these (GPQ: one). 0: new views at each step",
     )
     flag(
         "--N_books",
@@ -727,8 +726,8 @@ def add_spq_flags(parser: Parser) -> None:
         default=0.0,
         metavar="SHARE",
         help="second stage: in this share of the epochs, at the end, an image and one of its "
-        "nearest neighbours also learn to use the same codewords; 0.25 is usual, 0 is the paper's "
-        "method",
+        "nearest neighbours also learn to use the same codewords, on crops of at least 0.2 of the "
+        "area and by a cosine of its own from 0.3 of --lr; 0: no second stage",
     )
     flag(
         "--neighbours",
@@ -749,7 +748,7 @@ def add_spq_flags(parser: Parser) -> None:
         type=not_negative,
         default=0.3,
         metavar="WEIGHT",
-        help="second stage: weight of --loss beside the neighbours",
+        help="second stage: weight of the contrastive --loss",
     )
     flag(
         "--quantizer",
@@ -1069,8 +1068,9 @@ def add_training_flags(
         "--lr_schedule",
         choices=schedules,
         default="cosine",
-        help="cosine: falls to 0 over all epochs; wsd: constant, falls to 0 in the last 0.3 of the "
-        "steps, so that --epochs can still be changed on a resume before the fall; "
+        help="cosine: falls to 0 over all epochs (to the second stage, if there is one); wsd: "
+        "constant, falls to 0 in the last 0.3 of these, so that --epochs can still be changed on a "
+        "resume before the fall; "
         + (
             "released: constant for 10 epochs, then a cosine that swings with a period of 2 * "
             "steps-per-epoch epochs"

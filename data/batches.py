@@ -112,7 +112,8 @@ class NeighbourRows(DeviceBatches):
         """The neighbours' rows, (B,) int64: a random one of the k, by seed, rank and step."""
         rows = super().chosen(step)
         if self.neighbours is None:
-            self.neighbours = self.mine().to(rows.device, torch.int32)
+            found = self.ranks.collect(self.mine().to("cpu", torch.int32))[0]
+            self.neighbours = found.to(rows.device)  # the first rank's, which a checkpoint holds
         key = f"{self.seed} {self.ranks.rank} {step} neighbour"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         column = torch.randint(self.neighbours.shape[1], (len(rows),), generator=generator)
@@ -124,9 +125,19 @@ class NeighbourRows(DeviceBatches):
         return {"start": self.start, "neighbours": found}
 
     def restore(self, state: dict | None) -> None:
-        """Take the neighbours of a checkpoint, unless the stage began at another step."""
-        if state and state["start"] == self.start and state["neighbours"] is not None:
-            self.neighbours = state["neighbours"].to(self.home or "cpu")
+        """Take the neighbours of a checkpoint.
+
+        Raises:
+            UserError: if the stage has begun, at another step than these flags say.
+        """
+        if not state or state["neighbours"] is None:
+            return
+        if state["start"] != self.start:
+            raise UserError(
+                f"--epochs: the second stage began at step {state['start']}, and would begin at "
+                f"step {self.start}; once it has begun, --epochs and --device stay as they were"
+            )
+        self.neighbours = state["neighbours"].to(self.home or "cpu")
 
 
 class ViewBatches:

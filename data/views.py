@@ -38,13 +38,14 @@ def random_views(
     device = next(model.parameters()).device
     batches = DeviceBatches(images, args.batch_size, args.seed, ranks, device)
     augment_at = augmentation_at(args, len(batches), device)
-    ahead = batches_ahead(device, (args.views + 1) * args.batch_size, args.crop_size)
+    views = args.views + bool(args.neighbour_share)
+    ahead = batches_ahead(device, views * args.batch_size, args.crop_size)
     start = second_stage(args, len(batches), ahead)
     later = augmentation(args, args.crop_size, device, SECOND_STAGE_AREA)
 
     def augments_at(step: int) -> Sequence[nn.Module]:  # one for each view
         if start is not None and step >= start:
-            return (args.views + 1) * [later]
+            return views * [later]
         return args.views * [augment_at(step)]
 
     neighbours = mined_neighbours(args, batches, start, model)

@@ -233,6 +233,8 @@ def _timm_names(weights: Mapping[str, Tensor], net: nn.Module) -> Iterator[tuple
     for name, value in weights.items():
         head, *rest = name.split(".")
         if head == "_blocks":
+            if int(rest[0]) >= len(places):
+                raise ValueError(f"block {rest[0]} is of a deeper EfficientNet-Lite")
             stage, block = places[int(rest[0])]
             part = (first if stage == 0 else later)[rest[1]]
             yield ".".join(("blocks", str(stage), str(block), part, *rest[2:])), value

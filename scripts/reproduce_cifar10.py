@@ -167,7 +167,7 @@ class Campaign:
             if key not in known:
                 known[key] = self.pilot([*flags, *self.args.extra, *speed_flags])
                 plain = known[""].get("loss")
-                if plain and abs(known[key].get("loss", plain) - plain) > SAME_LOSS * plain:
+                if plain and abs(known[key].get("loss", plain) - plain) > SAME_LOSS * abs(plain):
                     known[key] = {"error": f"loss {known[key]['loss']} and not {plain}"}
                 print(f"{name} {key or 'without speed flags'}: {known[key]}", flush=True)
                 self.save()
@@ -187,6 +187,7 @@ class Campaign:
         folder, seconds = self.args.state_dir / "pilot", self.left()
         command = [*self.main, *flags, *(["--early_share=0.5"] if share else []), *self.places()]
         command += ["--overwrite", f"--epochs={PILOT_EPOCHS}", "--warmup_epochs=0"]
+        command += ["--neighbour_share=0"]  # the second stage has another loss and other steps
         command += [f"--eval_epoch={PILOT_EPOCHS}", "--limit_query=100", "--limit_db=1000"]
         command += ["--checkpoint_every=1000000000", f"--output_dir={folder}"]
         code, tail = self.call(command, self.args.state_dir / "pilot.log", seconds)

@@ -128,7 +128,7 @@ class RetrievalEvaluation:
             query = describe_images(model, images[0], self.size)
             if self.diagnose:
                 db = describe_images(model, images[1], self.size)
-                db_codes = model.quantizer.encode(db)
+                db_codes = torch.cat([model.quantizer.encode(x) for x in db.split(EVAL_BATCH)])
                 self.diagnosis = self._diagnose(query, db, db_codes)
             else:
                 db_codes = encode_images(model, images[1], self.size)

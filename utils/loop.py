@@ -113,6 +113,7 @@ class Trainer:
         self.lr_at = lr_schedule(
             args.lr_schedule, args.lr, args.epochs, len(batches), args.warmup_epochs, second_stage
         )
+        self.second_stage = second_stage
         self.total_steps = min(args.epochs * len(batches), args.max_steps or sys.maxsize)
         self.epoch_steps = len(batches)  # of the training: a checkpoint may be of another set
         self.step = 0
@@ -298,6 +299,7 @@ class Trainer:
                 done = self.step == self.total_steps
                 due = self._evaluation_due()
                 reads = self.step % self.log_every == 0 or self.step % epoch_steps == 0 or done
+                reads = reads or self.step == self.second_stage  # whose loss has other terms
                 asked = 0
                 if self.ranks.world_size == 1 or reads or self.step % AGREE_STEPS == 0:
                     now = time.monotonic()
@@ -440,7 +442,7 @@ class Trainer:
                 self.epoch_steps = known or self.epoch_steps
                 return
             if hasattr(self.batches, "restore"):
-                self.batches.restore(checkpoint["batches"])
+                self.batches.restore(checkpoint.get("batches"))
             states = checkpoint["optimizer"]
             states = [states] if isinstance(states, dict) else states  # as older ones have it
             for optimizer, state in zip(self.optimizers, states, strict=True):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from utils.metrics import relevance
 
-CHUNK = 1024  # rows whose similarities to all others are in memory together
+CHUNK_BYTES = 2**28  # of similarities that are in memory together
 KNN_NEIGHBOURS, KNN_TEMPERATURE = 200, 0.1  # the usual ones
 
 
@@ -26,8 +26,9 @@ def nearest_by_cosine(
     found = []
     with torch.autocast(x.device.type, enabled=False):
         x, among = F.normalize(x.float(), dim=1), F.normalize(among.float(), dim=1)
-        for start in range(0, len(x), CHUNK):
-            sim = x[start : start + CHUNK] @ among.T  # (CHUNK, L)
+        rows = max(1, CHUNK_BYTES // (4 * len(among)))
+        for start in range(0, len(x), rows):
+            sim = x[start : start + rows] @ among.T  # (rows, L)
             if exclude_self:
                 row = torch.arange(len(sim), device=sim.device)
                 sim[row, start + row] = -torch.inf
@@ -43,8 +44,9 @@ def neighbour_purity(neighbours: Tensor, labels: Tensor, among_labels: Tensor) -
         labels: (N,), or 0/1 (N, C).
         among_labels: (L,), or 0/1 (L, C).
     """
-    rows = zip(neighbours.split(CHUNK), labels.split(CHUNK), strict=True)
-    hits = [relevance(own, among_labels).gather(1, near).double().sum() for near, own in rows]
+    rows = max(1, CHUNK_BYTES // (4 * len(among_labels)))
+    parts = zip(neighbours.split(rows), labels.split(rows), strict=True)
+    hits = [relevance(own, among_labels).gather(1, near).double().sum() for near, own in parts]
     return float(sum(hits) / neighbours.numel())
 
 

