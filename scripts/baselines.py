@@ -51,7 +51,7 @@ from utils.errors import UserError
 from utils.evaluation import describe_images
 from utils.flags import BooleanFlag, HelpFormatter, Parser, number
 from utils.logging import git_commit, versions
-from utils.metrics import evaluate_rankings
+from utils.metrics import evaluate_rankings, tie_order
 from utils.trained import Trained, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -323,12 +323,13 @@ def measure(
                 f"--methods: {error}; leave the method or these --features away"
             ) from error
     times.append(time.perf_counter())
-    codes = quantizer.encode(space.db)
+    order = tie_order(len(space.db))
+    codes = quantizer.encode(space.db)[order.numpy()]
     times.append(time.perf_counter())
     whole = any(run.method == "GPQ" for run in runs.values())
     depth = len(codes) if whole else min(TOP_N, len(codes))
     rankings = quantizer.ranked(query, codes, depth)
-    figures = evaluate_rankings(rankings, query_labels, db_labels, depth, TOP_N, whole)
+    figures = evaluate_rankings(rankings, query_labels, db_labels[order], depth, TOP_N, whole)
     times.append(time.perf_counter())
     del figures["pr_curve"]
     seconds = dict(zip(("fit_s", "encode_s", "rank_s"), np.diff(times).tolist(), strict=True))

@@ -40,7 +40,6 @@ from utils.evaluation import RetrievalEvaluation, headline_first
 from utils.figures import DISTANCE_NAMES, learning_curve, retrieval_grid
 from utils.flags import HelpFormatter, Parser, number
 from utils.logging import METRICS, read_metrics
-from utils.metrics import evaluate_retrieval
 from utils.trained import load_trained
 
 NUMBERS = "figures.json"
@@ -97,15 +96,7 @@ class Scene:
     @cached_property
     def metrics(self) -> list[dict]:
         """Of each distance, the headline first."""
-        (x, codes), (_, labels), (_, db_labels) = (
-            self.encoded,
-            self.evaluation.query,
-            self.evaluation.db,
-        )
-        return [
-            evaluate_retrieval(x, labels, codes, db_labels, self.codebooks, d, self.args.Top_N)
-            for d in self.evaluation.distances
-        ]
+        return self.evaluation.score(*self.encoded, self.codebooks)
 
     @cached_property
     def chance(self) -> float:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.analysis import codeword_purity, first_of_each_class
-from utils.metrics import evaluate_retrieval
+from utils.metrics import evaluate_retrieval, tie_order
 from utils.neighbours import KNN_NEIGHBOURS, knn_accuracy, nearest_by_cosine, neighbour_purity
 
 # in a batch: images of 32 pixels, and fewer of larger ones
@@ -151,19 +151,17 @@ class RetrievalEvaluation:
     def __call__(self, model: nn.Module) -> list[dict]:
         """Metrics under each distance, the headline first. Leaves the model's mode as it was."""
         query, db_codes = self.encode(model)
-        codebooks = model.quantizer.codebooks.detach().float()
+        found = self.score(query, db_codes, model.quantizer.codebooks.detach().float())
+        bits = {"code_bits": model.quantizer.code_bits}
+        return [bits | self.diagnosis | figures for figures in found]
+
+    def score(self, query: Tensor, db_codes: Tensor, codebooks: Tensor) -> list[dict]:
+        """Metrics of query descriptors (Q, D) and database codes (N, M) under each distance; items
+        at equal distances come in a fixed random order (`utils.metrics.tie_order`)."""
+        order = tie_order(len(db_codes))
+        db = db_codes[order.to(db_codes.device)], self.db[1][order.to(self.db[1].device)]
         return [
-            {"code_bits": model.quantizer.code_bits}
-            | self.diagnosis
-            | evaluate_retrieval(
-                query,
-                self.query[1],
-                db_codes,
-                self.db[1],
-                codebooks,
-                distance,
-                self.top_n,
-            )
+            evaluate_retrieval(query, self.query[1], *db, codebooks, distance, self.top_n)
             for distance in self.distances
         ]
 

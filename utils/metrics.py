@@ -23,6 +23,15 @@ PRECISION_CUTOFFS = (1, 10, 100, 1000)  # and n itself
 CURVE_POINTS = 50
 
 
+def tie_order(N: int) -> Tensor:
+    """A fixed random order of N database items, (N,) int64, to be evaluated in.
+
+    Rankings break ties by index. Folders and lists often come sorted by class; among the many items
+    of one code, ties by index would then favour the first classes.
+    """
+    return torch.randperm(N, generator=torch.Generator().manual_seed(0))
+
+
 def relevance(query_labels: Tensor, db_labels: Tensor) -> Tensor:
     """Which items are relevant to which query.
 

@@ -13,6 +13,7 @@ from utils.metrics import (
     evaluate_rankings,
     evaluate_retrieval,
     relevance,
+    tie_order,
 )
 from utils.retrieval import adc_distances
 
@@ -265,6 +266,20 @@ def test_a_figure_says_which_ap_it_is():
     assert ap_definition("all") == "AP over the whole ranking"
 
 
+def test_a_database_that_is_sorted_by_class_has_no_advantage():
+    N, Q = 400, 100
+    sides = [(torch.zeros(n, 3, 8, 8, dtype=torch.uint8), torch.arange(n) * 4 // n) for n in (Q, N)]
+    evaluate = RetrievalEvaluation(*sides, 8, N, ["squared_l2"])
+    # all items have one code: every ranking is the order of ties
+    codes, codebooks = torch.zeros(N, 2, dtype=torch.uint8), torch.randn(2, 4, 3)
+    (found,) = evaluate.score(torch.randn(Q, 6), codes, codebooks)
+    chance = found["precision@400"]
+    assert found["precision@100"] == pytest.approx(chance, abs=0.02)
+    # sorted by class, the query's own class would come first, or last
+    first = evaluate_retrieval(torch.randn(Q, 6), sides[0][1], codes, sides[1][1], codebooks)
+    assert first["mAP@all"] > 1.5 * found["mAP@all"]
+
+
 @pytest.mark.parametrize(
     "distances", [["inner_product"], ("squared_l2", "inner_product", "l2"), ("l2", "squared_l2")]
 )
@@ -279,8 +294,10 @@ def test_a_model_is_scored_by_each_distance_in_their_order(distances):
     assert model.training
     x, codes = evaluate.encoded
     codebooks = model.quantizer.codebooks.detach()
+    order = tie_order(40)
+    db = codes[order], labels[10:][order]
     for entry, distance in zip(found, distances, strict=True):
-        want = evaluate_retrieval(x, labels[:10], codes, labels[10:], codebooks, distance, "all")
+        want = evaluate_retrieval(x, labels[:10], *db, codebooks, distance, "all")
         assert entry == {"code_bits": 6.0} | want
     # codewords and sub-vectors have length 1: half of squared L2 ranks as it does, but for rounding
     if len(found) == 3:
