@@ -15,8 +15,8 @@ fi
 "$PYTHON" main_SPQ.py --dataset=folder --protocol=class-folders --data_dir="$pictures" \
     --input_size=96 --arch=tf_efficientnet_lite2 --pretrained --freeze_trunk --cached_views=2 \
     --views=3 --augmentation=batched --crop_min_area=0.25 --loss=cqc --contrastive_temperature=0.2 \
-    --neighbour_share=0.5 --batch_size=160 --amp=bf16 --lr=1.5e-3 \
-    --warmup_epochs=0.25 --epochs=12 --eval_epoch=12 --N_books=8 --N_words=16 \
+    --neighbour_share=0.625 --neighbour_cqc=0.1 --batch_size=160 --amp=bf16 --lr=1.5e-3 \
+    --warmup_epochs=0.25 --epochs=16 --eval_epoch=8 --N_books=8 --N_words=16 \
     --output_dir="$run" --resume=auto "$@"
 exec "$PYTHON" scripts/baselines.py "$run" --bits=32 --features=pooled,pooled_unit,descriptors \
     --methods=spq,pq,opq,itq,exact,cosine --output="$run/baselines"
