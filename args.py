@@ -710,7 +710,7 @@ def add_spq_flags(parser: Parser) -> None:
         default=2,
         metavar="V",
         help="random views of each image in a step; the loss is the mean over all pairs of them. "
-        "4 with half the --batch_size costs the same and learns faster",
+        "4 with half the --batch_size sends as many images through the network",
     )
     flag(
         "--joint_views",
@@ -725,9 +725,10 @@ def add_spq_flags(parser: Parser) -> None:
         type=number(float, 0.0, high=1.0),
         default=0.0,
         metavar="SHARE",
-        help="second stage: in this share of the epochs, at the end, an image and one of its "
-        "nearest neighbours also learn to use the same codewords, on crops of at least 0.2 of the "
-        "area and by a cosine of its own from 0.3 of --lr; 0: no second stage",
+        help="second stage: share of the epochs, at the end of the training, in which an image and "
+        "one of its nearest neighbours also learn to use the same codewords. Crops cover at least "
+        "0.2 of the image; the learning rate falls from 0.3 of --lr to 0 by a cosine. 0: no second "
+        "stage",
     )
     flag(
         "--neighbours",
@@ -1069,8 +1070,8 @@ def add_training_flags(
         choices=schedules,
         default="cosine",
         help="cosine: falls to 0 over all epochs (to the second stage, if there is one); wsd: "
-        "constant, falls to 0 in the last 0.3 of these, so that --epochs can still be changed on a "
-        "resume before the fall; "
+        "constant, then linear to 0 over the last 0.3 of these; --epochs may be changed on a "
+        "resume until the decay begins; "
         + (
             "released: constant for 10 epochs, then a cosine that swings with a period of 2 * "
             "steps-per-epoch epochs"

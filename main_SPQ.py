@@ -4,7 +4,7 @@
 
 Random views of each image; descriptors x of one view are compared with soft-quantized descriptors
 z of another, so backbone and codebooks learn together and without labels. In the second stage
-(--neighbour_share) an image and one of its nearest neighbours also have to use the same codewords.
+(--neighbour_share) an image and one of its nearest neighbours also learn to use the same codewords.
 """
 
 from functools import partial

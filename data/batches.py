@@ -97,9 +97,9 @@ class NeighbourRows(DeviceBatches):
     Neighbours are mined once, when the first of these batches is drawn; checkpoints keep them.
 
     Args:
-        batches: whose rows have the neighbours.
+        batches: the batches whose rows are replaced by neighbours.
         start: step of the first batch.
-        mine: () -> neighbours (N, k), row numbers, by the model as it is then.
+        mine: returns the row numbers (N, k) of the neighbours under the current model.
     """
 
     def __init__(self, batches: DeviceBatches, start: int, mine: Callable[[], Tensor]) -> None:
@@ -212,7 +212,7 @@ def batches_ahead(device: torch.device, views: int, side: int) -> int:
 
 
 class CachedViewBatches:
-    """Views of shuffled batches, drawn from views that were made before.
+    """Views of shuffled batches, drawn from precomputed features of views.
 
     Args:
         batches: of rows (V, F): the features of V views of an image.

@@ -7,7 +7,7 @@ from torch import Tensor
 def neighbour_consistency_loss(
     assign: Tensor, neighbour_assign: Tensor, entropy_weight: float
 ) -> Tensor:
-    """An image and its neighbour use the same codewords, and all codewords stay in use.
+    """Assigns an image and its neighbour to the same codewords and keeps all codewords in use.
 
         agreement = mean over i, m of  log <p_m(x_i), p_m(x_j)>,   x_j a neighbour of x_i
         entropy   = mean over m of  H( mean over i of (p_m(x_i) + p_m(x_j)) / 2 )
@@ -28,7 +28,8 @@ def neighbour_consistency_loss(
         ValueError: if the shapes differ or are not (B, M, K).
     Source: Van Gansbeke et al. 2020 (SCAN), equation 2, for class probabilities; CGHash (ACM MM
         2023) brings groups of neighbours to binary codes. Departures: the M soft assignments take
-        the place of one class distribution; the mean assignment is over both views.
+        the place of one class distribution; the mean assignment is over images and
+        neighbours.
     """
     if assign.shape != neighbour_assign.shape or assign.dim() != 3:
         shapes = [tuple(assign.shape), tuple(neighbour_assign.shape)]

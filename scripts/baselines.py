@@ -18,8 +18,8 @@ method is fitted on the database's features alone: no queries, no labels. Featur
 
 Methods: the network's own codebooks (on descriptors), those of utils/baselines.py, and the features
 uncompressed. PQ, OPQ and RQ have the networks' shape, K = 16 and M = bits / 4, and rank by
-asymmetric squared L2; LSH, spectral hashing and ITQ rank by Hamming distance. Ties come in order of
-database index. mAP@1000 divides by the relevant images found in the top 1000; for GPQ the whole
+asymmetric squared L2; LSH, spectral hashing and ITQ rank by Hamming distance. Ties come in a
+fixed random order. mAP@1000 divides by the relevant images found in the top 1000; for GPQ the whole
 database is ranked, and mAP@all leads.
 
 Each finished row is written at once: killed, the same command goes on from there.

@@ -94,9 +94,9 @@ class RetrievalEvaluation:
         size: side that images are encoded at, pixels.
         top_n: the N of mAP@N, or "all".
         distances: that are ranked by; the first one's figures lead.
-        diagnose: also measure the descriptors themselves: `neighbour_purity@20`, `knn_accuracy`
-            (single labels) and `codeword_purity`. The database is then encoded to descriptors,
-            4 D bytes each.
+        diagnose: also compute `neighbour_purity@20` and, with single labels, `knn_accuracy` (of
+            descriptors) and `codeword_purity` (of codes). The database's descriptors are then in
+            memory, 4 D bytes each.
 
     Attributes:
         features: of the queries and of the database, to encode in place of the images, which a
@@ -136,7 +136,7 @@ class RetrievalEvaluation:
         return self.encoded
 
     def _diagnose(self, query: Tensor, db: Tensor, db_codes: Tensor) -> dict[str, float]:
-        """What limits the figures: features (neighbours, kNN) or codewords."""
+        """Quality of the descriptors and of the codewords, which both limit mAP."""
         labels, db_labels = self.query[1].to(db.device), self.db[1].to(db.device)
         k = min(KNN_NEIGHBOURS, len(db))
         neighbours, sims = nearest_by_cosine(query, db, k)
