@@ -70,6 +70,9 @@ def test_every_picture_in_both_formats_with_the_numbers_of_the_run(
     want = perplexity(codeword_usage(codes, 16)).tolist()
     assert found["codeword_usage"]["perplexity"] == pytest.approx(want)
     assert found["codeword_usage"]["items"] == 300
+    by_class = torch.tensor(found["codeword_classes"]["codebook_1"])
+    assert by_class.sum(dim=1).tolist() == codes[:, 0].long().bincount(minlength=16).tolist()
+    assert by_class.sum(dim=0).tolist() == 10 * [30]
     assert " ".join(f"{p:.2f}" for p in want) in said
 
     # what the second map shows is the nearest codeword of each slice of what the first shows
